@@ -1,0 +1,1 @@
+"""Where it runs: submits any command, or a Ray cluster with a command in it, to SLURM."""

@@ -1,0 +1,1 @@
+"""What to try: search spaces, Ray Tune sweeps, Pareto frontiers and reports."""

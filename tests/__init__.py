@@ -1,0 +1,1 @@
+"""Tests: unit, numerics (oracles), integration (ranks, Ray, MLflow), slurm, gpu; benchmarks apart."""

@@ -1,0 +1,1 @@
+"""Several processes: ranks, Ray, MLflow, kill and resume."""

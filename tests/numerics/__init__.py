@@ -1,0 +1,1 @@
+"""Numbers against independent oracles and published values."""

@@ -1,0 +1,1 @@
+"""Against a real SLURM on this machine."""

@@ -1,0 +1,336 @@
+"""Recipes: what one trial does, as validated and frozen data, and the identity that follows from it. Torch-free."""
+
+import hashlib
+import json
+import tomllib
+from collections.abc import Mapping, Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic.fields import FieldInfo
+
+from harness.errors import UserError, nearest, require_file
+from harness.settings import STAGE_FORMAT
+
+Method = Literal[
+    "full_precision", "sbs", "sbs_prune", "sbs_quant", "uniform_2", "uniform_4", "uniform_8", "prune_then_quant"
+]
+ModelName = Literal[
+    "resnet20",
+    "resnet32",
+    "resnet56",
+    "resnet18",
+    "resnet34",
+    "resnet50",
+    "resnet101",
+    "mobilenetv2",
+    "mobilenetv2_cifar",
+]
+Share = Annotated[float, Field(ge=0.0, le=1.0)]
+Positive = Annotated[float, Field(gt=0.0)]
+NonNegative = Annotated[float, Field(ge=0.0)]
+Count = Annotated[int, Field(ge=1)]
+
+
+class Section(BaseModel):
+    """A frozen part of a recipe that refuses unknown keys."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True, allow_inf_nan=False)
+
+
+class ModelConfig(Section):
+    """The network; `weights` names a state dict to start from instead of random values."""
+
+    name: ModelName
+    num_classes: Annotated[int, Field(ge=2)]
+    weights: str | None = None
+
+
+class DataConfig(Section):
+    """The images; `batch_size` is global (all ranks, all accumulated parts), sizes in pixels, `workers` per rank."""
+
+    source: str
+    dir: str
+    backend: Literal["ffcv", "torch"] = "ffcv"
+    image_size: Annotated[int, Field(ge=8)]
+    eval_image_size: Annotated[int, Field(ge=8)] | None = None
+    eval_crop_share: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
+    batch_size: Count
+    eval_batch_size: Count | None = None
+    workers: Count = 1
+    augment: Literal["none", "translate", "crop_flip", "resized_crop_flip"] = "none"
+    pad: Annotated[int, Field(ge=0)] = 4
+
+
+class TrainConfig(Section):
+    """One stage of training. `lr` holds at a global batch of `lr_batch_size` and is scaled linearly from there."""
+
+    epochs: Annotated[int, Field(ge=0)]
+    lr: Positive
+    lr_batch_size: Count | None = None
+    optimizer: Literal["sgd", "adamw"] = "sgd"
+    momentum: Share = 0.9
+    nesterov: bool = True
+    weight_decay: NonNegative = 1e-4
+    clip_lr: Positive | None = None
+    schedule: Literal["cosine", "step", "one_cycle", "constant"] = "cosine"
+    warmup_epochs: NonNegative = 0.0
+    step_epochs: tuple[Count, ...] = ()
+    step_factor: Positive = 0.1
+    final_lr_share: Share = 0.0
+    label_smoothing: Share = 0.0
+    clip_norm: Positive | None = None
+    accumulate: Count = 1
+    ema_decay: Annotated[float, Field(gt=0.0, lt=1.0)] | None = None
+    distill: Share = 0.0
+    distill_temperature: Positive = 4.0
+
+    @model_validator(mode="after")
+    def _schedule_is_whole(self) -> Self:
+        if (self.schedule == "step") != bool(self.step_epochs):
+            raise ValueError("`step_epochs` and `schedule = 'step'` go together: set both or neither")
+        if self.epochs and self.warmup_epochs >= self.epochs:
+            raise ValueError(f"warmup_epochs = {self.warmup_epochs:g} must be less than epochs = {self.epochs}")
+        return self
+
+
+class SearchConfig(TrainConfig):
+    """The search stage and the method; thresholds are dimensionless and have learning rates of their own."""
+
+    method: Method = "sbs"
+    lambda_: Annotated[float, Field(ge=0.0, alias="lambda")] = 0.0
+    bit_threshold_lr: NonNegative = 0.01
+    prune_threshold_lr: NonNegative = 0.01
+    weight_bits: tuple[Count, ...] = (2, 4, 8)
+    activation_bits: tuple[Count, ...] = (2, 4, 8)
+    group_size: Count = 4
+    max_prune_share: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.7
+    prune_only_bits: Literal[8, 32] = 32
+    bop_gradient: Literal["alternate", "joint"] = "alternate"
+    calibration_batches: Count = 4
+
+
+class RunConfig(Section):
+    """Where and how it runs: ranks, devices, arithmetic, safety. `workers` is a number of ranks or [min, max]."""
+
+    seed: Annotated[int, Field(ge=0)] = 0
+    workers: Count | tuple[Count, Count] = 1
+    cpus_per_worker: Positive = 1.0
+    gpus_per_worker: NonNegative = 0.0
+    threads: Count = 1
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    compile: bool = False
+    deterministic: bool = True
+    sync_batchnorm: bool = False
+    flip_tta: bool = False
+    checkpoint_every_s: Positive = 60.0
+    checkpoint_every_steps: Count | None = None
+    keep_checkpoints: Count = 2
+    max_restarts: Annotated[int, Field(ge=0)] = 5
+    stall_limit_s: Positive = 600.0
+    profile_steps: Annotated[int, Field(ge=0)] = 0
+
+    @model_validator(mode="after")
+    def _range_is_ordered(self) -> Self:
+        if isinstance(self.workers, tuple) and self.workers[0] > self.workers[1]:
+            raise ValueError(f"workers = {list(self.workers)} must be [min, max] with min <= max")
+        return self
+
+    @property
+    def min_workers(self) -> int:
+        """The fewest ranks this trial may run with."""
+        return self.workers if isinstance(self.workers, int) else self.workers[0]
+
+    @property
+    def max_workers(self) -> int:
+        """The most ranks this trial may run with."""
+        return self.workers if isinstance(self.workers, int) else self.workers[1]
+
+
+class Recipe(Section):
+    """Everything that decides one trial: pretrain -> search -> compress -> finetune -> report."""
+
+    model: ModelConfig
+    data: DataConfig
+    pretrain: TrainConfig
+    search: SearchConfig
+    finetune: TrainConfig
+    run: RunConfig = RunConfig()
+
+    @model_validator(mode="after")
+    def _batch_divides(self) -> Self:
+        stages = {"pretrain": self.pretrain, "search": self.search, "finetune": self.finetune}
+        for name, stage in stages.items():
+            parts = self.run.max_workers * stage.accumulate
+            if self.data.batch_size % parts:
+                raise ValueError(
+                    f"data.batch_size = {self.data.batch_size} does not divide into "
+                    f"run.workers = {self.run.max_workers} x {name}.accumulate = {stage.accumulate} equal parts; take a multiple of {parts}"
+                )
+        return self
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data under the names that the recipe file uses."""
+        return self.model_dump(mode="json", by_alias=True)
+
+
+class TrialSpec(Section):
+    """One trial as it travels to other processes: recipe, identity, where it lives, what it starts from."""
+
+    recipe: Recipe
+    key: str
+    label: str
+    run_dir: str
+    init: str | None = None
+    stage_cache: str | None = None
+
+
+def recipe_names() -> list[str]:
+    """Names of the recipes that come with the package."""
+    folder = resources.files("harness") / "recipes"
+    return sorted(Path(entry.name).stem for entry in folder.iterdir() if entry.name.endswith(".toml"))
+
+
+def load_recipe(name_or_path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+    """Read a recipe by its name or from a file, apply overrides such as `search.lambda=0.3`, and validate it.
+
+    Raises `UserError` naming file, key, value and what is allowed.
+    """
+    text, origin = _recipe_text(str(name_or_path))
+    try:
+        tree = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise UserError(f"{origin} is not valid TOML: {error}") from None
+    return parse_recipe(tree, origin, overrides)
+
+
+def parse_recipe(tree: Mapping[str, Any], origin: str, overrides: Sequence[str] = ()) -> Recipe:
+    """Validate plain data as a recipe; `origin` is what messages call its source."""
+    merged: dict[str, Any] = {key: dict(value) if isinstance(value, Mapping) else value for key, value in tree.items()}
+    for override in overrides:
+        apply_override(merged, override)
+    try:
+        return Recipe.model_validate(merged)
+    except ValidationError as error:
+        raise UserError(explain(error, Recipe, origin)) from None
+
+
+def apply_override(tree: dict[str, Any], override: str) -> None:
+    """Write one `section.key=value` into plain data; the value is TOML, or a bare string, or `null`."""
+    path, equals, text = override.partition("=")
+    keys = path.strip().split(".")
+    if not equals or len(keys) < 2 or not all(keys):
+        raise UserError(f"override {override!r} is not of the form section.key=value, e.g. search.lambda=0.3")
+    value: Any
+    try:
+        value = None if text.strip() == "null" else tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        value = text.strip()
+    for key in keys[:-1]:
+        tree = tree.setdefault(key, {})
+        if not isinstance(tree, dict):
+            raise UserError(f"override {override!r}: {key!r} is a value, not a section")
+    tree[keys[-1]] = value
+
+
+def explain(error: ValidationError, root: type[BaseModel], origin: str) -> str:
+    """One readable message for a validation error of `root`: a line per problem, unknown keys with the nearest name."""
+    lines = []
+    for problem in error.errors(include_url=False):
+        place = ".".join(str(part) for part in problem["loc"])
+        if problem["type"] == "extra_forbidden":
+            allowed = sorted(_fields(root, problem["loc"][:-1]))
+            lines.append(f"unknown key `{place}`: {nearest(str(problem['loc'][-1]), allowed)}")
+        elif problem["type"] == "missing":
+            lines.append(f"`{place}` is missing")
+        else:
+            value = "" if isinstance(problem["input"], (Mapping, BaseModel)) else f" = {problem['input']!r}"
+            message = problem["msg"].removeprefix("Value error, ").removeprefix("Input ")
+            lines.append(f"`{place}`{value}: {message}" if place else message)
+    return f"{origin}: " + "\n  ".join(dict.fromkeys(lines))
+
+
+def _fields(model: type[BaseModel], path: Sequence[int | str]) -> dict[str, FieldInfo]:
+    for part in path:
+        field = next((f for name, f in model.model_fields.items() if part in (name, f.alias)), None)
+        if field is None or not (isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel)):
+            return {}
+        model = field.annotation
+    return {field.alias or name: field for name, field in model.model_fields.items()}
+
+
+def _recipe_text(name_or_path: str) -> tuple[str, str]:
+    if name_or_path.endswith(".toml") or "/" in name_or_path:
+        remedy = f"Give a TOML file or one of the named recipes: {', '.join(recipe_names())}."
+        return require_file(Path(name_or_path), "recipe", remedy).read_text(encoding="utf-8"), name_or_path
+    if name_or_path not in recipe_names():
+        raise UserError(f"no recipe is named {name_or_path!r}: {nearest(name_or_path, recipe_names())}")
+    source = resources.files("harness") / "recipes" / f"{name_or_path}.toml"
+    return source.read_text(encoding="utf-8"), f"recipe {name_or_path}"
+
+
+# What a method does not look at stays out of its identity, so that an override of it does not make a new trial.
+_QUANT_KEYS = {"weight_bits", "activation_bits", "bop_gradient", "bit_threshold_lr"}
+_PRUNE_KEYS = {"group_size", "max_prune_share", "prune_threshold_lr"}
+_BASELINE_SEARCH_KEYS = {"method", "epochs"}
+# These change where or how safely a trial runs, not what comes out.
+_NEUTRAL_RUN_KEYS = {
+    "cpus_per_worker", "checkpoint_every_s", "checkpoint_every_steps", "keep_checkpoints", "max_restarts",
+    "stall_limit_s", "profile_steps",
+}  # fmt: skip
+
+
+def identity(recipe: Recipe, data_checksum: str) -> dict[str, Any]:
+    """The part of a recipe that decides a trial's result: no paths, no storage, nothing its method ignores."""
+    tree = recipe.to_dict()
+    method = recipe.search.method
+    if method == "full_precision":
+        tree["search"] = {"method": method}
+        del tree["finetune"]
+    elif method.startswith("uniform_"):
+        tree["search"] = {key: tree["search"][key] for key in _BASELINE_SEARCH_KEYS}
+    else:
+        ignored = {"sbs_prune": _QUANT_KEYS, "sbs_quant": _PRUNE_KEYS | {"prune_only_bits"}, "sbs": {"prune_only_bits"}}
+        tree["search"] = {k: v for k, v in tree["search"].items() if k not in ignored.get(method, set())}
+    tree["run"] = {k: v for k, v in tree["run"].items() if k not in _NEUTRAL_RUN_KEYS}
+    tree["data"] = {k: v for k, v in tree["data"].items() if k not in {"dir", "workers"}} | {"checksum": data_checksum}
+    tree["model"]["weights"] = _digest_of_weights(recipe.model.weights)
+    tree["stage_format"] = STAGE_FORMAT
+    return tree
+
+
+def trial_key(recipe: Recipe, data_checksum: str) -> str:
+    """Sixteen hex digits that name a trial: equal if and only if the same result is due."""
+    return digest(identity(recipe, data_checksum))
+
+
+def digest(tree: Any) -> str:
+    """Sixteen hex digits over plain data, independent of the order of its keys."""
+    return hashlib.sha256(json.dumps(tree, sort_keys=True, separators=(",", ":")).encode()).hexdigest()[:16]
+
+
+def trial_label(recipe: Recipe) -> str:
+    """A short name for people and folders, e.g. `resnet20-sbs-lambda0.3-seed0`."""
+    method = recipe.search.method
+    pressure = f"-lambda{recipe.search.lambda_:g}" if uses_lambda(method) else ""
+    return f"{recipe.model.name}-{method}{pressure}-seed{recipe.run.seed}"
+
+
+def uses_lambda(method: str) -> bool:
+    """Whether a method searches under the pressure of lambda."""
+    return not (method == "full_precision" or method.startswith("uniform_"))
+
+
+def scaled_lr(stage: TrainConfig, batch_size: int) -> float:
+    """Learning rate of a stage at a global batch (linear rule)."""
+    return stage.lr if stage.lr_batch_size is None else stage.lr * batch_size / stage.lr_batch_size
+
+
+def _digest_of_weights(weights: str | None) -> str | None:
+    if weights is None:
+        return None
+    path = require_file(Path(weights), "model.weights", "Give a state dict saved by torch.save, or leave the key out.")
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

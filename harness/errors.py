@@ -1,0 +1,56 @@
+"""Errors that a person can mend, and the one place where they become a message and an exit status. Torch-free."""
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from harness.settings import EXIT_PREEMPTED, EXIT_USER_ERROR
+
+
+class UserError(Exception):
+    """A mistake of the caller, told in one message: what is wrong (file, key, value), what is allowed, what to do."""
+
+
+class TrainingError(UserError):
+    """A run that cannot go on (a loss that is not finite, a stalled rank); repeating it unchanged would not help."""
+
+
+class Preempted(Exception):  # noqa: N818 - an orderly leave, not an error
+    """The run wrote a checkpoint because it was asked to leave; running it again goes on from there."""
+
+
+def is_user_error(error: BaseException) -> bool:
+    """Whether `error` is meant for a person's eyes as it stands: `UserError`, or the `SbsError` of a loaded `sbs`."""
+    sbs_errors = sys.modules.get("sbs.errors")  # looked up, not imported: this module must start without torch
+    known = (UserError,) if sbs_errors is None else (UserError, sbs_errors.SbsError)
+    return isinstance(error, known)
+
+
+def run_cli(app: Callable[[], object]) -> None:
+    """Run a command line; user errors become one message and status 2, an orderly leave status 85."""
+    try:
+        app()
+    except Preempted as leave:
+        print(leave, file=sys.stderr, flush=True)
+        sys.exit(EXIT_PREEMPTED)
+    except Exception as error:
+        if not is_user_error(error):
+            raise
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        sys.exit(EXIT_USER_ERROR)
+
+
+def nearest(word: str, allowed: list[str]) -> str:
+    """Text that points from a misspelt `word` to the closest allowed one, or lists what is allowed."""
+    import difflib
+
+    close = difflib.get_close_matches(word, allowed, n=1, cutoff=0.5)
+    hint = f"did you mean {close[0]!r}? " if close else ""
+    return f"{hint}Allowed: {', '.join(allowed)}."
+
+
+def require_file(path: Path, what: str, remedy: str) -> Path:
+    """Return `path` if it is a file, else raise `UserError` with the `remedy`."""
+    if not path.is_file():
+        raise UserError(f"{what} not found: {path}. {remedy}")
+    return path

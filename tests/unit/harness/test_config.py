@@ -1,0 +1,146 @@
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from harness.config import (
+    TrialSpec,
+    identity,
+    load_recipe,
+    parse_recipe,
+    recipe_names,
+    scaled_lr,
+    trial_key,
+    trial_label,
+)
+from harness.errors import UserError
+
+
+def digits(*overrides: str):
+    return load_recipe("digits_resnet20", overrides)
+
+
+def test_overrides_are_typed_as_toml():
+    recipe = digits("search.lambda=0.25", "search.weight_bits=[4, 8]", "data.source=letters", "pretrain.clip_norm=null")
+    assert recipe.search.lambda_ == 0.25
+    assert recipe.search.weight_bits == (4, 8)
+    assert recipe.data.source == "letters"
+    assert recipe.pretrain.clip_norm is None
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        (
+            "search.lamda=0.1",
+            ["recipe digits_resnet20", "`search.lamda`", "did you mean 'lambda'", "prune_threshold_lr"],
+        ),
+        ("serch.lambda=0.1", ["`serch`", "did you mean 'search'"]),
+        ("search.epochs=many", ["`search.epochs`", "'many'", "integer"]),
+        ("pretrain.lr=-1", ["`pretrain.lr` = -1", "greater than 0"]),
+        ("model.name=resnet21", ["`model.name` = 'resnet21'", "'resnet20'", "'mobilenetv2'"]),
+        ("search.method=uniform_3", ["`search.method`", "uniform_4"]),
+        ("data.batch_size=63", ["data.batch_size = 63", "run.workers = 2", "multiple of 2"]),
+        ("pretrain.schedule=step", ["step_epochs"]),
+        ("pretrain.warmup_epochs=8", ["warmup_epochs = 8", "less than epochs = 8"]),
+        ("lambda", ["section.key=value"]),
+        ("model.name.deep=1", ["'name' is a value"]),
+    ],
+)
+def test_a_mistake_names_file_key_value_and_remedy(override: str, words: list[str]):
+    with pytest.raises(UserError) as caught:
+        digits(override)
+    for word in words:
+        assert word in str(caught.value)
+
+
+def test_missing_and_broken_files(tmp_path: Path):
+    with pytest.raises(UserError, match=r"no recipe is named 'digits_resnet2': did you mean 'digits_resnet20'"):
+        load_recipe("digits_resnet2")
+    with pytest.raises(UserError, match=r"recipe not found: absent\.toml"):
+        load_recipe("absent.toml")
+    broken = tmp_path / "broken.toml"
+    broken.write_text("[model\n")
+    with pytest.raises(UserError, match=r"broken.toml is not valid TOML: .*line 1"):
+        load_recipe(broken)
+    broken.write_text("[model]\nname = 'resnet20'\nnum_classes = 10\n")
+    with pytest.raises(UserError, match="`data` is missing"):
+        load_recipe(broken)
+
+
+def test_identity_leaves_out_what_cannot_change_the_result():
+    key = trial_key(digits(), "data0")
+    assert key == trial_key(digits("data.dir=/elsewhere", "run.checkpoint_every_s=1", "run.cpus_per_worker=2"), "data0")
+    assert len(key) == 16
+    for override in ["search.lambda=0.31", "run.seed=1", "run.workers=1", "finetune.lr=0.03", "data.augment=none"]:
+        assert trial_key(digits(override), "data0") != key
+    assert trial_key(digits(), "data1") != key
+
+
+@pytest.mark.parametrize(
+    ("method", "ignored", "minded"),
+    [
+        ("full_precision", ["search.lambda=9", "search.epochs=9", "finetune.epochs=9"], ["pretrain.epochs=9"]),
+        ("uniform_4", ["search.lambda=9", "search.group_size=2"], ["search.epochs=9", "finetune.epochs=9"]),
+        ("sbs_quant", ["search.group_size=2", "search.max_prune_share=0.1"], ["search.weight_bits=[4,8]"]),
+        ("sbs_prune", ["search.weight_bits=[4,8]"], ["search.group_size=2", "search.prune_only_bits=8"]),
+    ],
+)
+def test_identity_holds_only_what_the_method_looks_at(method: str, ignored: list[str], minded: list[str]):
+    key = trial_key(digits(f"search.method={method}"), "data")
+    for override in ignored:
+        assert trial_key(digits(f"search.method={method}", override), "data") == key
+    for override in minded:
+        assert trial_key(digits(f"search.method={method}", override), "data") != key
+
+
+def test_weights_count_by_content(tmp_path: Path):
+    first, second = tmp_path / "a.pt", tmp_path / "b.pt"
+    first.write_bytes(b"1")
+    second.write_bytes(b"1")
+    key = trial_key(digits(f"model.weights={first}"), "data")
+    assert trial_key(digits(f"model.weights={second}"), "data") == key
+    second.write_bytes(b"2")
+    assert trial_key(digits(f"model.weights={second}"), "data") != key
+
+
+def test_key_is_stable_across_processes():
+    code = "from harness.config import *; print(trial_key(load_recipe('digits_resnet20'), 'c'))"
+    other = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
+    assert other.stdout.strip() == trial_key(digits(), "c")
+
+
+def test_recipe_survives_json():
+    recipe = digits("run.workers=[1, 2]")
+    assert parse_recipe(json.loads(json.dumps(recipe.to_dict())), "json") == recipe
+    spec = TrialSpec(recipe=recipe, key="k", label="l", run_dir="/r")
+    assert TrialSpec.model_validate_json(spec.model_dump_json(by_alias=True)) == spec
+    assert (recipe.run.min_workers, recipe.run.max_workers) == (1, 2)
+    assert "dir" not in identity(recipe, "c")["data"]
+
+
+def test_labels():
+    assert trial_label(digits("search.lambda=0.30")) == "resnet20-sbs-lambda0.3-seed0"
+    assert trial_label(digits("search.method=uniform_4")) == "resnet20-uniform_4-seed0"
+
+
+def test_learning_rate_scales_linearly_with_the_global_batch():
+    stage = digits("pretrain.lr=0.5", "pretrain.lr_batch_size=256").pretrain
+    assert scaled_lr(stage, 1024) == 2.0
+    assert scaled_lr(digits("pretrain.lr=0.5").pretrain, 1024) == 0.5
+
+
+@pytest.mark.parametrize("name", recipe_names())
+def test_every_recipe_loads_and_its_header_tells_command_expectation_and_cost(name: str):
+    load_recipe(name)
+    header = (Path("harness/recipes") / f"{name}.toml").read_text().split("\n\n")[0]
+    assert f"python -m harness train {name}" in header
+    assert "# Expected: " in header
+    assert "# Cost: " in header
+
+
+def test_config_starts_without_torch():
+    code = "import sys, harness.config, harness.run_dir; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False, timeout=60).returncode == 0

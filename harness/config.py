@@ -167,7 +167,8 @@ class Recipe(Section):
             if self.data.batch_size % parts:
                 raise ValueError(
                     f"data.batch_size = {self.data.batch_size} does not divide into "
-                    f"run.workers = {self.run.max_workers} x {name}.accumulate = {stage.accumulate} equal parts; take a multiple of {parts}"
+                    f"run.workers = {self.run.max_workers} x {name}.accumulate = {stage.accumulate} equal parts; "
+                    f"take a multiple of {parts}"
                 )
         return self
 

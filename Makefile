@@ -1,0 +1,35 @@
+# `make demo` and `make test` do all of the set-up they need.
+# PYTHON=python3.12 picks the interpreter, TORCH_INDEX=... where torch comes from, ARGS="..." goes to the command at the end.
+SHELL := /bin/sh
+PY := .venv/bin/python
+export PYTHON TORCH_INDEX
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test lint bench services lock
+
+help: ## What can be made
+	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "  make %-9s %s\n", $$1, $$2}' Makefile
+
+setup: ## Virtual environment, pinned packages, FFCV; nothing to do the second time
+	@sh scripts/setup.sh scripts.bootstrap
+
+demo: setup ## The main job: SBS over real images at several lambdas, to a Pareto table (minutes on 2 cores)
+	@$(PY) -m sweeps run sweeps/spaces/digits_resnet20.toml $(ARGS)
+
+test: setup ## The tests; what needs a missing service is skipped
+	@$(PY) -m pytest $(ARGS)
+
+lint: setup ## ruff, import directions, types
+	@$(PY) -m ruff check .
+	@$(PY) -m ruff format --check .
+	@.venv/bin/lint-imports --no-logo
+	@$(PY) -m mypy
+
+bench: setup ## Figures beside their limits; ends with 1 when one is missed (ARGS="names" for some)
+	@$(PY) -m tests.benchmarks $(ARGS)
+
+services: ## Daemons for the tests that want them: SLURM, PostgreSQL, Chromium (Debian, root or sudo); starts none
+	@sh scripts/setup.sh scripts.services
+
+lock: setup ## Write constraints.txt anew from .venv, for maintainers after a change of versions
+	@sh scripts/lock.sh

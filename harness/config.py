@@ -100,7 +100,7 @@ class SearchConfig(TrainConfig):
     """The search stage and the method; thresholds are dimensionless and have learning rates of their own."""
 
     method: Method = "sbs"
-    lambda_: Annotated[float, Field(ge=0.0, alias="lambda")] = 0.0
+    lambda_: Annotated[float | None, Field(ge=0.0, alias="lambda")] = None
     bit_threshold_lr: NonNegative = 0.01
     prune_threshold_lr: NonNegative = 0.01
     weight_bits: tuple[Count, ...] = (2, 4, 8)
@@ -110,6 +110,12 @@ class SearchConfig(TrainConfig):
     prune_only_bits: Literal[8, 32] = 32
     bop_gradient: Literal["alternate", "joint"] = "alternate"
     calibration_batches: Count = 4
+
+    @model_validator(mode="after")
+    def _pressure_is_set(self) -> Self:
+        if self.lambda_ is None and uses_lambda(self.method):
+            raise ValueError(f"`lambda` is missing: method {self.method!r} searches under its pressure (0 exerts none)")
+        return self
 
 
 class RunConfig(Section):

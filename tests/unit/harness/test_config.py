@@ -45,6 +45,7 @@ def test_overrides_are_typed_as_toml():
         ("data.batch_size=63", ["data.batch_size = 63", "run.workers = 2", "multiple of 2"]),
         ("pretrain.schedule=step", ["step_epochs"]),
         ("pretrain.warmup_epochs=8", ["warmup_epochs = 8", "less than epochs = 8"]),
+        ("search.lambda=null", ["`search`", "`lambda` is missing", "'sbs'"]),
         ("lambda", ["section.key=value"]),
         ("model.name.deep=1", ["'name' is a value"]),
     ],
@@ -94,6 +95,10 @@ def test_identity_holds_only_what_the_method_looks_at(method: str, ignored: list
         assert trial_key(digits(f"search.method={method}", override), "data") == key
     for override in minded:
         assert trial_key(digits(f"search.method={method}", override), "data") != key
+
+
+def test_methods_without_pressure_need_no_lambda():
+    assert digits("search.method=full_precision", "search.lambda=null").search.lambda_ is None
 
 
 def test_weights_count_by_content(tmp_path: Path):

@@ -9,10 +9,9 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
-from pydantic.fields import FieldInfo
 
 from harness.errors import UserError, nearest, require_file
-from harness.settings import STAGE_FORMAT
+from harness.settings import STAGE_FORMAT, apply_override, explain
 
 Method = Literal[
     "full_precision", "sbs", "sbs_prune", "sbs_quant", "uniform_2", "uniform_4", "uniform_8", "prune_then_quant"
@@ -222,50 +221,6 @@ def parse_recipe(tree: Mapping[str, Any], origin: str, overrides: Sequence[str] 
         return Recipe.model_validate(merged)
     except ValidationError as error:
         raise UserError(explain(error, Recipe, origin)) from None
-
-
-def apply_override(tree: dict[str, Any], override: str) -> None:
-    """Write one `section.key=value` into plain data; the value is TOML, or a bare string, or `null`."""
-    path, equals, text = override.partition("=")
-    keys = path.strip().split(".")
-    if not equals or len(keys) < 2 or not all(keys):
-        raise UserError(f"override {override!r} is not of the form section.key=value, e.g. search.lambda=0.3")
-    value: Any
-    try:
-        value = None if text.strip() == "null" else tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
-        value = text.strip()
-    for key in keys[:-1]:
-        tree = tree.setdefault(key, {})
-        if not isinstance(tree, dict):
-            raise UserError(f"override {override!r}: {key!r} is a value, not a section")
-    tree[keys[-1]] = value
-
-
-def explain(error: ValidationError, root: type[BaseModel], origin: str) -> str:
-    """One readable message for a validation error of `root`: a line per problem, unknown keys with the nearest name."""
-    lines = []
-    for problem in error.errors(include_url=False):
-        place = ".".join(str(part) for part in problem["loc"])
-        if problem["type"] == "extra_forbidden":
-            allowed = sorted(_fields(root, problem["loc"][:-1]))
-            lines.append(f"unknown key `{place}`: {nearest(str(problem['loc'][-1]), allowed)}")
-        elif problem["type"] == "missing":
-            lines.append(f"`{place}` is missing")
-        else:
-            value = "" if isinstance(problem["input"], (Mapping, BaseModel)) else f" = {problem['input']!r}"
-            message = problem["msg"].removeprefix("Value error, ").removeprefix("Input ")
-            lines.append(f"`{place}`{value}: {message}" if place else message)
-    return f"{origin}: " + "\n  ".join(dict.fromkeys(lines))
-
-
-def _fields(model: type[BaseModel], path: Sequence[int | str]) -> dict[str, FieldInfo]:
-    for part in path:
-        field = next((f for name, f in model.model_fields.items() if part in (name, f.alias)), None)
-        if field is None or not (isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel)):
-            return {}
-        model = field.annotation
-    return {field.alias or name: field for name, field in model.model_fields.items()}
 
 
 def _recipe_text(name_or_path: str) -> tuple[str, str]:

@@ -4,7 +4,9 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from harness.settings import EXIT_PREEMPTED, EXIT_USER_ERROR
+EXIT_USER_ERROR = 2
+# What SLURM (or any scheduler) sees after an orderly leave with a checkpoint: run the same command again.
+EXIT_PREEMPTED = 85
 
 
 class UserError(Exception):

@@ -8,9 +8,12 @@ from typing import Any
 from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
-from harness.errors import EXIT_PREEMPTED as EXIT_PREEMPTED
-from harness.errors import EXIT_USER_ERROR as EXIT_USER_ERROR
-from harness.errors import UserError, nearest
+from harness.errors import EXIT_PREEMPTED, EXIT_USER_ERROR, UserError, nearest
+
+__all__ = [
+    "CHECKPOINT_FORMAT", "DEFAULT_RUNS_DIR", "EXIT_PREEMPTED", "EXIT_USER_ERROR", "LEAVE_SIGNALS", "RESULT_SCHEMA",
+    "STAGE_FORMAT", "apply_override", "explain",
+]  # fmt: skip
 
 # SIGTERM comes from schedulers and `kill`, SIGUSR2 from `sbatch --signal` before the time limit.
 LEAVE_SIGNALS = (signal.SIGTERM, signal.SIGUSR2)

@@ -1,7 +1,7 @@
-"""`make setup`: the virtual environment, pinned packages, FFCV from source, everything verified; again in well under 5 s.
+"""`make setup`: the virtual environment, pinned packages, FFCV from source, all verified; idempotent.
 
-Variables: PYTHON (which interpreter), TORCH_INDEX (an index URL or a folder of wheels to take torch from, say the one of CPU builds
-or of another CUDA version), and all of pip's own (PIP_INDEX_URL, PIP_FIND_LINKS, HTTPS_PROXY ...).
+Variables: PYTHON (which interpreter), TORCH_INDEX (an index URL or a folder of wheels to take torch from, say the one
+of CPU builds or of another CUDA version), and all of pip's own (PIP_INDEX_URL, PIP_FIND_LINKS, HTTPS_PROXY ...).
 """
 
 import fcntl
@@ -28,10 +28,19 @@ PIP = (str(PYTHON), "-m", "pip", "--disable-pip-version-check", "--no-input")
 
 CPU_TORCH_GIB = 5.0
 CUDA_TORCH_GIB = 14.0
+CUDA_NOTE = """\
+    NOTE: no GPU here, yet pip's package index has only the default build of torch, which on Linux brings CUDA
+    (several GB). To take a CPU build instead: Ctrl-C, then make setup TORCH_INDEX=<an index of CPU wheels, or a
+    folder of wheels>; the PyTorch site's installation page names the index."""
 FFCV = "ffcv==1.0.2"
 # FFCV's setup.py asks pkg-config for all of OpenCV; it uses these two parts of it.
 OPENCV_HEADER = "#include <opencv2/core.hpp>\n#include <opencv2/imgproc.hpp>\n"
-OPENCV_PC = "Name: opencv4\nDescription: core and imgproc\nVersion: 4\nLibs: -lopencv_imgproc -lopencv_core\nCflags: -I{shim} {include}\n"
+OPENCV_PC = """Name: opencv4
+Description: core and imgproc
+Version: 4
+Libs: -lopencv_imgproc -lopencv_core
+Cflags: -I{shim} {include}
+"""
 INCLUDE_FOLDERS = tuple(
     Path(folder)
     for folder in (
@@ -55,7 +64,11 @@ def fingerprint() -> str:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())
     parts = {
         "constraints": CONSTRAINTS.read_text(),
-        "project": {"project": project["project"], "build": project["build-system"], "setuptools": project["tool"]["setuptools"]},
+        "project": {
+            "project": project["project"],
+            "build": project["build-system"],
+            "setuptools": project["tool"]["setuptools"],
+        },
         "scripts": [path.read_text() for path in sorted((ROOT / "scripts").glob("*.py"))],
         "packages": [name for name in ("sbs", "harness", "sweeps", "slurm") if (ROOT / name / "__init__.py").is_file()],
         "python": [sys.version, sys.base_prefix],
@@ -70,7 +83,9 @@ def missing_packages() -> list[str]:
     missing = [] if shutil.which("g++") else ["g++"]
     missing += [] if shutil.which("pkg-config") else ["pkg-config"]
     missing += [
-        package for package, header in HEADERS.items() if not any((folder / header).is_file() for folder in INCLUDE_FOLDERS)
+        package
+        for package, header in HEADERS.items()
+        if not any((folder / header).is_file() for folder in INCLUDE_FOLDERS)
     ]
     series = f"python{sys.version_info.major}.{sys.version_info.minor}"
     if not (Path(sysconfig.get_path("include")) / "Python.h").is_file():
@@ -89,15 +104,24 @@ def require_space(gib: float, what: str) -> None:
     """Raises SetupError when the project's disk has less room."""
     free = shutil.disk_usage(ROOT).free / 2**30
     if free < gib:
-        raise SetupError(f"{what} needs about {gib:.0f} GiB free under {ROOT}, {free:.1f} GiB are; free some space and try again")
+        raise SetupError(
+            f"{what} needs about {gib:.0f} GiB free under {ROOT}, {free:.1f} GiB are; free some space and try again"
+        )
 
 
 def make_venv(log: Path) -> None:
     """A usable `.venv`, made anew where an interrupted run or a move left a broken one."""
     usable = PYTHON.is_file() and subprocess.run([*PIP, "--version"], capture_output=True, check=False).returncode == 0
-    same = usable and subprocess.run(
-        [str(PYTHON), "-c", "import sys; print(sys.version, sys.prefix, sep='|')"], capture_output=True, text=True, check=False
-    ).stdout.strip() == f"{sys.version}|{VENV}"
+    same = (
+        usable
+        and subprocess.run(
+            [str(PYTHON), "-c", "import sys; print(sys.version, sys.prefix, sep='|')"],
+            capture_output=True,
+            text=True,
+            check=False,
+        ).stdout.strip()
+        == f"{sys.version}|{VENV}"
+    )
     if not same:
         # From inside another virtual environment: the interpreter behind it, which outlives it.
         base = getattr(sys, "_base_executable", sys.executable)
@@ -127,12 +151,7 @@ def install_torch(log: Path) -> None:
             if "offers no" not in str(error):
                 raise
         if not source:
-            print(
-                "    NOTE: no GPU here, yet pip's package index has only the default build of torch, which on Linux brings CUDA\n"
-                "    (several GB). To take a CPU build instead: Ctrl-C, then make setup TORCH_INDEX=<an index of CPU wheels, or a\n"
-                "    folder of wheels>; the PyTorch site's installation page names the index.",
-                flush=True,
-            )
+            print(CUDA_NOTE, flush=True)
     require_space(CUDA_TORCH_GIB, "torch with CUDA (smaller: TORCH_INDEX=<an index of CPU wheels>)")
     pip_install(log, "--no-deps", *source, pinned)
     return None
@@ -140,14 +159,18 @@ def install_torch(log: Path) -> None:
 
 def ffcv_works() -> bool:
     """Whether this environment's FFCV is the pinned one and its native part loads."""
-    code = f"import importlib.metadata as m, ffcv._libffcv; raise SystemExit(m.version('ffcv') != {FFCV.split('==')[1]!r})"
+    code = (
+        f"import importlib.metadata as m, ffcv._libffcv; raise SystemExit(m.version('ffcv') != {FFCV.split('==')[1]!r})"
+    )
     return subprocess.run([str(PYTHON), "-c", code], capture_output=True, check=False).returncode == 0
 
 
 def build_ffcv(log: Path) -> None:
     """FFCV from source, against the few libraries it uses; about 20 s."""
     # pkg-config's flags are split at blanks: a folder without any, whatever TMPDIR and the checkout are called.
-    with tempfile.TemporaryDirectory(prefix="sbs-ffcv-", dir=None if " " not in tempfile.gettempdir() else "/tmp") as folder:
+    with tempfile.TemporaryDirectory(
+        prefix="sbs-ffcv-", dir=None if " " not in tempfile.gettempdir() else "/tmp"
+    ) as folder:
         shim = Path(folder)
         (shim / "opencv2").mkdir()
         (shim / "opencv2" / "opencv.hpp").write_text(OPENCV_HEADER)
@@ -156,7 +179,9 @@ def build_ffcv(log: Path) -> None:
         paths = [str(shim), *filter(None, [os.environ.get("PKG_CONFIG_PATH")])]
         environment = {**os.environ, "PKG_CONFIG_PATH": ":".join(paths), "TMPDIR": folder}
         # Built here each time: a wheel from pip's cache could be linked against libraries that are gone since.
-        pip_install(log, "--no-deps", "--no-build-isolation", "--no-cache-dir", "--force-reinstall", FFCV, env=environment)
+        pip_install(
+            log, "--no-deps", "--no-build-isolation", "--no-cache-dir", "--force-reinstall", FFCV, env=environment
+        )
     if not ffcv_works():
         raise SetupError(f"FFCV was built, but its native part does not load; log: {log}")
 

@@ -15,17 +15,27 @@ class SetupError(Exception):
     """One message for the user: what is wrong, then the remedy."""
 
 
+NO_NETWORK = (
+    "Temporary failure in name resolution",
+    "Name or service not known",
+    "NameResolutionError",
+    "Network is unreachable",
+    "NewConnectionError",
+    "Failed to establish a new connection",
+    "ConnectTimeout",
+    "ProxyError",
+    "Could not resolve",
+)
 DIAGNOSES = (
     (r"No space left on device|Errno 28", "the disk is full; free some space and run the same command again"),
     (
-        r"Temporary failure in name resolution|Name or service not known|NameResolutionError|Network is unreachable|"
-        r"NewConnectionError|ConnectTimeout|Failed to establish a new connection|ProxyError|Could not resolve",
-        "the package index cannot be reached; check the network, or name a mirror or proxy (PIP_INDEX_URL, HTTPS_PROXY)",
+        "|".join(NO_NETWORK),
+        "no package index can be reached; check the network, or name a mirror or proxy (PIP_INDEX_URL, HTTPS_PROXY)",
     ),
     (r"CERTIFICATE_VERIFY_FAILED", "the package index's certificate is not trusted here; name yours in PIP_CERT"),
     (
         r"No matching distribution found for ([^\s(]+)",
-        r"the package index offers no \1 for this Python; use another one (make setup PYTHON=python3.11) or another index",
+        r"the package index offers no \1 for this Python; use another (make setup PYTHON=python3.11) or another index",
     ),
     (
         r"(?:command|error): .*(?:g\+\+|gcc|c\+\+).* failed|fatal error: (\S+): No such file",

@@ -12,7 +12,7 @@ from scripts.console import SetupError, run
 
 POLICY = Path("/usr/sbin/policy-rc.d")
 POLICY_ASIDE = Path("/usr/sbin/policy-rc.d.before-sbs-harness")
-POLICY_TEXT = "#!/bin/sh\n# Written by sbs-harness while it installs packages: nothing is to be started. Removed right after.\nexit 101\n"
+POLICY_TEXT = "#!/bin/sh\n# Written by sbs-harness while it installs packages: nothing is to be started.\nexit 101\n"
 APT = ("apt-get", "-o", "DPkg::Lock::Timeout=300", "-o", "Dpkg::Use-Pty=0")
 
 
@@ -31,7 +31,7 @@ def installed(packages: Sequence[str]) -> set[str]:
 
 
 def as_administrator() -> tuple[str, ...] | None:
-    """What to put before a command that needs root: nothing as root, sudo where it works, None where neither is at hand."""
+    """What goes before a command that needs root: nothing as root, sudo where it works, None where neither is."""
     if os.geteuid() == 0:
         return ()
     sudo = shutil.which("sudo")
@@ -45,10 +45,12 @@ def as_administrator() -> tuple[str, ...] | None:
 
 
 def install(packages: Sequence[str], log: Path, purpose: str) -> None:
-    """Install the packages, no recommended ones; raises SetupError with the line for the administrator if it may not."""
+    """Install the packages, no recommended ones; raises SetupError, with the administrator's line if it may not."""
     line = f"apt-get update && apt-get install -y --no-install-recommends {' '.join(packages)}"
     if not shutil.which("apt-get"):
-        raise SetupError(f"{purpose} needs what Debian calls: {' '.join(packages)}\n  this system has no apt-get; install their like")
+        raise SetupError(
+            f"{purpose} needs what Debian calls: {' '.join(packages)}\n  this system has no apt-get; install their like"
+        )
     admin = as_administrator()
     if admin is None:
         raise SetupError(
@@ -89,4 +91,3 @@ def keep_disabled(units: Sequence[str]) -> None:
     """Where systemd runs: units that came with a package do not start at the next boot either."""
     if units and Path("/run/systemd/system").is_dir():
         subprocess.run(["systemctl", "disable", "--quiet", *units], capture_output=True, check=False)
-

@@ -1,4 +1,4 @@
-"""`make services`: the daemons that some tests start by themselves. Installs those missing; starts none, now or at boot."""
+"""`make services`: the daemons that some tests start by themselves. Installs those missing, starts none."""
 
 import os
 import shutil

@@ -1,0 +1,35 @@
+"""`python -m harness`: train one recipe, evaluate what was saved, write data, count costs, look at the machine."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from harness.doctor import doctor
+from harness.errors import run_cli
+
+app = typer.Typer(name="python -m harness", help=__doc__, no_args_is_help=True, pretty_exceptions_enable=False)
+app.command()(doctor)
+
+RecipeArgument = Annotated[str, typer.Argument(help="A named recipe, or the path of a TOML file.")]
+SetOption = Annotated[list[str], typer.Option("--set", help="Override, e.g. --set search.lambda=0.3; repeatable.")]
+
+
+@app.command()
+def train(
+    recipe: RecipeArgument,
+    overrides: SetOption = [],  # noqa: B006 - typer copies it
+    run_dir: Annotated[Path | None, typer.Option(help="Folder of the run [default: runs/<label>-<key>].")] = None,
+    ray: Annotated[bool, typer.Option("--ray", help="Use Ray Train with run.workers ranks.")] = False,
+) -> None:
+    """Train one trial: pretrain, search, compress, finetune, report. Run again, it goes on where it stopped.
+
+    Alone it runs in this process; under torchrun on its ranks; with --ray on a Ray cluster (a local one if none runs).
+    """
+    from harness.train_cli import train as work
+
+    work(recipe, overrides, run_dir, ray)
+
+
+if __name__ == "__main__":
+    run_cli(app)

@@ -1,0 +1,33 @@
+"""Single-path Bit Sharing: joint pruning and quantisation in one search (Liu et al., IEEE TPAMI 2023), in plain PyTorch."""
+
+from sbs import models
+from sbs.calibrate import calibrate
+from sbs.convert import compress, freeze
+from sbs.cost import CostReport, LayerCost, cost
+from sbs.errors import SbsError
+from sbs.kernels import use_compiled
+from sbs.objective import after_step, bop_penalty, param_groups, telemetry
+from sbs.policy import LayerPolicy, Policy
+from sbs.space import SearchSpace
+from sbs.supernet import SuperNet, prepare
+
+__all__ = [
+    "CostReport",
+    "LayerCost",
+    "LayerPolicy",
+    "Policy",
+    "SbsError",
+    "SearchSpace",
+    "SuperNet",
+    "after_step",
+    "bop_penalty",
+    "calibrate",
+    "compress",
+    "cost",
+    "freeze",
+    "models",
+    "param_groups",
+    "prepare",
+    "telemetry",
+    "use_compiled",
+]

@@ -1,0 +1,117 @@
+"""Start values from data: clips, gate statistics, and batch norms under quantisation (ours)."""
+
+from collections.abc import Iterable
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from sbs.graph import NORMS
+from sbs.layers import QuantizedLayer
+from sbs.space import levels
+from sbs.supernet import SuperNet
+
+CLIP_QUANTILE = 0.999
+_TRIALS = 48
+
+
+@torch.no_grad()
+def calibrate(net: nn.Module, batches: Iterable[Tensor]) -> None:
+    """Set clips from the weights and from `batches` of images, re-estimate batch norms, start the gate statistics.
+
+    A layer with several candidate bit-widths starts at the 99.9% quantile; a fixed-bit layer at the clip with the least
+    squared error for its bits. Where torch.distributed is initialised the results are averaged over the ranks, so ranks
+    may bring different batches (as many each). Train and eval modes are left as they were.
+    """
+    images = list(batches)
+    modes = {m: m.training for m in net.modules()}
+    layers = [m for m in net.modules() if isinstance(m, QuantizedLayer)]
+    norms = [m for m in net.modules() if isinstance(m, NORMS) and m.track_running_stats]
+    try:
+        net.eval()
+        # batch statistics, so that a network that never saw data starts as sanely as a pretrained one
+        for norm in norms:
+            norm.train()
+        for layer in layers:
+            if layer.quantizes_weight:
+                layer.set_clip("weight", _weight_clip(layer))
+        _observe(net, layers, images)
+        _estimate_norms(net, norms, images)
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+    if isinstance(net, SuperNet):
+        net.start_statistics()
+
+
+def _observe(net: nn.Module, layers: list[QuantizedLayer], images: list[Tensor]) -> None:
+    """One pass with the float weights; every quantiser's clip from what reaches it."""
+    for layer in layers:
+        layer.observed = []
+    for x in images:
+        net(x)
+    clips = []
+    for layer in layers:
+        values, layer.observed = torch.cat(layer.observed or [torch.ones(1)]), None
+        bits = layer.settings.activation_bits
+        signed = layer.settings.signed
+        clips.append(_best_clip(values, bits[0], signed) if len(bits) == 1 else torch.quantile(values, CLIP_QUANTILE))
+    if not clips:
+        return
+    table = torch.stack([c.double() for c in clips])
+    _average([table])
+    for layer, clip in zip(layers, table, strict=True):
+        if layer.quantizes_activation:
+            layer.set_clip("activation", float(clip.clamp_min(1e-6)))
+
+
+def _estimate_norms(net: nn.Module, norms: list[nn.Module], images: list[Tensor]) -> None:
+    """Running statistics of every batch norm as the plain average over the batches, quantisers on."""
+    momenta = [m.momentum for m in norms]
+    for m in norms:
+        m.reset_running_stats()
+        m.momentum = None
+    if isinstance(net, SuperNet):
+        net.training = True
+    for x in images:
+        net(x)
+    for m, momentum in zip(norms, momenta, strict=True):
+        m.momentum = momentum
+    _average([b for m in norms for b in (m.running_mean, m.running_var) if b is not None])
+
+
+def _average(tensors: list[Tensor]) -> None:
+    """Mean over the ranks, in place, in one all-reduce."""
+    if not tensors or not (dist.is_available() and dist.is_initialized()):
+        return
+    flat = torch.cat([t.reshape(-1).double() for t in tensors])
+    dist.all_reduce(flat)
+    flat /= dist.get_world_size()
+    for t, part in zip(tensors, flat.split([t.numel() for t in tensors]), strict=True):
+        t.copy_(part.view(t.shape))
+
+
+def _weight_clip(layer: QuantizedLayer) -> Tensor:
+    weight = layer.kept_weight().float().flatten()
+    var, mean = torch.var_mean(weight, correction=0)
+    standard = ((weight - mean) / var.sqrt().clamp_min(1e-8)).abs()
+    standard = standard[:: max(1, standard.numel() // 2**20)]
+    bits = layer.settings.weight_bits
+    return _best_clip(standard, bits[0], True) if len(bits) == 1 else torch.quantile(standard, CLIP_QUANTILE)
+
+
+def _best_clip(values: Tensor, bits: int, signed: bool) -> Tensor:
+    """The clip with the least squared quantisation error of non-negative `values` (|x| where signed) on a `bits`-bit grid."""
+    top = values.max().clamp_min(1e-6)
+    if bits > 16:
+        return top
+    n = levels(bits)
+    best, least = top, float("inf")
+    for share in torch.linspace(1.0 / _TRIALS, 1.0, _TRIALS).tolist():
+        clip = top * share
+        value = (values / clip).clamp(max=1)
+        code = 2 * torch.round((value + 1) * 0.5 * n) - n if signed else torch.round(value * n)
+        error = float((values - clip * code / n).square().mean())
+        if error < least:
+            best, least = clip, error
+    return best

@@ -1,0 +1,143 @@
+"""From a super-network to a policy, and from a policy to a plain fixed-bit network without its pruned channels."""
+
+import copy
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+
+from sbs.calibrate import calibrate
+from sbs.gates import selected
+from sbs.graph import NORMS, NetworkGraph, analyze
+from sbs.layers import QuantizedLayer, QuantSettings, from_float
+from sbs.policy import LayerPolicy, Policy
+from sbs.space import FULL_PRECISION_BITS
+from sbs.supernet import SuperNet
+
+
+def freeze(net: SuperNet) -> Policy:
+    """The policy that the super-network's gates stand for now (what it computes in evaluation)."""
+    rows = {name: i for i, name in enumerate(net.searched)}
+    weight = selected(net.weight_gates.open).tolist()
+    activation = selected(net.activation_gates.open).tolist()
+    is_open = net.channel_gates.open
+    layers = []
+    for info in net.graph.layers:
+        bits = (net.space.first_last_bits,) * 2
+        if info.name in rows:
+            row = rows[info.name]
+            bits = (net.space.weight_bits[weight[row]], net.space.activation_bits[activation[row]])
+        kept = None
+        if info.group is not None and net.group_slices:
+            gate = net.channel_gate(info.group, is_open)
+            if bool((gate == 0).any()):
+                kept = tuple(int(c) for c in gate.nonzero().squeeze(1))
+        layers.append(LayerPolicy(info.name, *bits, kept))
+    return Policy(type(net.model).__name__, net.graph.input_shape, tuple(layers))
+
+
+def compress(
+    net_or_model: nn.Module,
+    policy: Policy,
+    *,
+    example_input: Tensor | None = None,
+    calibration: Iterable[Tensor] | None = None,
+) -> nn.Module:
+    """A plain network with the policy's bits, pruned channels physically removed; still trainable.
+
+    From a super-network the clips come along and the logits in evaluation are the same. From a float model the clips are
+    unset until `calibration` batches are given or a state dict is loaded. example_input: (N, C, H, W), by default of the
+    policy's input_shape. Raises SbsError for a policy of another network.
+    """
+    if isinstance(net_or_model, SuperNet):
+        model, graph = net_or_model.model, net_or_model.graph
+    else:
+        model = net_or_model
+        parameter = next(model.parameters())
+        if example_input is None:
+            example_input = torch.zeros(1, *policy.input_shape, device=parameter.device, dtype=parameter.dtype)
+        graph = analyze(model, example_input)
+    policy.checked(graph)
+    result = copy.deepcopy(model)
+    kept = [_index(policy, graph, i) for i in range(len(graph.groups))]
+    for info in graph.layers:
+        choice = policy.layer(info.name)
+        source = result.get_submodule(info.name)
+        assert isinstance(source, nn.Conv2d | nn.Linear)
+        settings = QuantSettings((choice.weight_bits,), (choice.activation_bits,), info.signed, info.image)
+        rows = None if info.group is None else kept[info.group]
+        columns = None if info.source is None or info.kind == "depthwise" else kept[info.source]
+        if columns is not None and info.repeat > 1:
+            columns = (columns.unsqueeze(1) * info.repeat + torch.arange(info.repeat)).reshape(-1)
+        result.set_submodule(info.name, _fixed_layer(source, settings, rows, columns))
+    for group, rows in zip(graph.groups, kept, strict=True):
+        for norm in group.norms:
+            _slice_norm(result.get_submodule(norm), rows)
+    if calibration is not None:
+        calibrate(result, calibration)
+    return result
+
+
+def _index(policy: Policy, graph: NetworkGraph, group: int) -> Tensor | None:
+    channels = policy.kept_channels(graph, group)
+    return None if len(channels) == graph.groups[group].channels else torch.tensor(channels)
+
+
+@torch.no_grad()
+def _fixed_layer(
+    source: nn.Conv2d | nn.Linear, settings: QuantSettings, rows: Tensor | None, columns: Tensor | None
+) -> nn.Module:
+    layer = _slice_layer(source, rows, columns)
+    if settings.weight_bits == settings.activation_bits == (FULL_PRECISION_BITS,):
+        return layer
+    fixed = from_float(layer, settings)
+    if isinstance(source, QuantizedLayer):
+        for name in ("weight_clip", "activation_clip", "weight_clip_floor", "activation_clip_floor"):
+            getattr(fixed, name).copy_(getattr(source, name))
+    return fixed
+
+
+@torch.no_grad()
+def _slice_layer(m: nn.Conv2d | nn.Linear, rows: Tensor | None, columns: Tensor | None) -> nn.Conv2d | nn.Linear:
+    """A float layer with the kept rows and columns of `m`."""
+    weight, bias = m.weight.detach(), None if m.bias is None else m.bias.detach()
+    if rows is not None:
+        rows = rows.to(weight.device)
+        weight, bias = weight[rows], None if bias is None else bias[rows]
+    if columns is not None:
+        weight = weight[:, columns.to(weight.device)]
+    options = {"device": weight.device, "dtype": weight.dtype}
+    layer: nn.Conv2d | nn.Linear
+    if isinstance(m, nn.Conv2d):
+        groups = weight.shape[0] if m.groups > 1 and m.groups == m.in_channels == m.out_channels else m.groups
+        layer = nn.Conv2d(
+            weight.shape[1] * groups,
+            weight.shape[0],
+            m.kernel_size,  # type: ignore[arg-type]
+            m.stride,  # type: ignore[arg-type]
+            m.padding,  # type: ignore[arg-type]
+            m.dilation,  # type: ignore[arg-type]
+            groups,
+            bias is not None,
+            **options,  # type: ignore[arg-type]
+        )
+    else:
+        layer = nn.Linear(weight.shape[1], weight.shape[0], bias is not None, **options)  # type: ignore[arg-type]
+    layer.weight = nn.Parameter(weight.clone())
+    if bias is not None:
+        layer.bias = nn.Parameter(bias.clone())
+    layer.train(m.training)
+    return layer
+
+
+@torch.no_grad()
+def _slice_norm(norm: nn.Module, rows: Tensor | None) -> None:
+    assert isinstance(norm, NORMS)
+    if rows is None:
+        return
+    rows = rows.to(norm.weight.device if norm.affine else torch.device("cpu"))
+    norm.num_features = len(rows)
+    if norm.affine:
+        norm.weight, norm.bias = nn.Parameter(norm.weight.detach()[rows]), nn.Parameter(norm.bias.detach()[rows])
+    if norm.track_running_stats:
+        norm.running_mean, norm.running_var = norm.running_mean[rows], norm.running_var[rows]  # type: ignore[index]

@@ -1,0 +1,182 @@
+"""Bit-operations, MACs, parameters and bytes of a network under a policy: pure arithmetic over the graph.
+
+    mac_product  BOPs(layer) = MACs * b_w * b_a                                   full precision = 32 x 32
+    uniq         BOPs(layer) = MACs * (b_w * b_a + b_w + b_a + log2(fan-in))      Baskin et al., UNIQ
+MACs count kept input and output channels; biases, norms and activations are not counted. Every convolution and linear
+layer counts, the first and the last included.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+
+from sbs.errors import SbsError
+from sbs.graph import LayerInfo, NetworkGraph, analyze
+from sbs.space import FULL_PRECISION_BITS
+
+if TYPE_CHECKING:
+    from sbs.policy import Policy
+
+CONVENTIONS = ("mac_product", "uniq")
+FLOAT_BYTES = 4
+
+
+@dataclass(frozen=True)
+class LayerCost:
+    """One layer's configuration and cost; macs and bops are for one image."""
+
+    name: str
+    kind: str
+    weight_bits: int
+    activation_bits: int
+    in_channels: int
+    out_channels: int
+    kept_in: int
+    kept_out: int
+    macs: int
+    bops: float
+    params: int
+    bytes: int
+
+
+@dataclass(frozen=True)
+class CostReport:
+    """Cost of one network for one image: totals and layers. bytes: packed weight codes, the rest in float32."""
+
+    macs: int
+    bops: float
+    params: int
+    bytes: int
+    layers: tuple[LayerCost, ...]
+    convention: str
+
+    @property
+    def gbops(self) -> float:
+        """BOPs in units of 1e9."""
+        return self.bops / 1e9
+
+
+def check_convention(convention: str) -> str:
+    """Return a known convention; raise SbsError otherwise."""
+    if convention not in CONVENTIONS:
+        raise SbsError(f"BOP convention {convention!r} is unknown; known conventions: {', '.join(CONVENTIONS)}")
+    return convention
+
+
+def layer_macs(info: LayerInfo, kept_in: int, kept_out: int) -> int:
+    """Multiply-accumulates of one layer for one image."""
+    per_output = 1 if info.kind == "depthwise" else kept_in // info.groups
+    return info.positions * info.kernel_area * per_output * kept_out
+
+
+def layer_bops(macs: int, fan_in: int, weight_bits: int, activation_bits: int, convention: str) -> float:
+    """Bit-operations of `macs` multiply-accumulates; fan_in = input channels / groups * kernel area (uniq alone)."""
+    product = weight_bits * activation_bits
+    if convention == "mac_product":
+        return float(macs * product)
+    return macs * (product + weight_bits + activation_bits + math.log2(fan_in))
+
+
+def cost(
+    net_or_model: nn.Module,
+    input_shape: tuple[int, ...],
+    policy: "Policy | None" = None,
+    convention: str = "mac_product",
+) -> CostReport:
+    """Cost of a float model (under `policy`, else 32 x 32), of a super-network as it stands, or of a compressed network.
+
+    input_shape: (C, H, W) of one image. Raises SbsError for an unknown convention or a policy of another network.
+    """
+    from sbs.policy import policy_of
+
+    check_convention(convention)
+    graph = trace(net_or_model, input_shape)
+    policy = policy_of(net_or_model, graph) if policy is None else policy.checked(graph)
+    return cost_of(graph, policy, _norm_tensors(net_or_model, graph), convention)
+
+
+def trace(net_or_model: nn.Module, input_shape: tuple[int, ...]) -> NetworkGraph:
+    """The graph of any network of ours for images of `input_shape` (C, H, W)."""
+    from sbs.supernet import SuperNet
+
+    model = net_or_model.model if isinstance(net_or_model, SuperNet) else net_or_model
+    parameter = next(model.parameters())
+    image = torch.zeros(1, *input_shape, device=parameter.device, dtype=parameter.dtype)
+    return analyze(model, image)
+
+
+@dataclass(frozen=True)
+class NormTensors:
+    """What the layers other than convolutions and linear layers hold: channels of each norm and its tensors per channel."""
+
+    group: int | None
+    channels: int
+    parameters: int
+    buffers: int
+
+
+def _norm_tensors(net: nn.Module, graph: NetworkGraph) -> tuple[NormTensors, ...]:
+    from sbs.supernet import SuperNet
+
+    model = net.model if isinstance(net, SuperNet) else net
+    group_of = {norm: i for i, g in enumerate(graph.groups) for norm in g.norms}
+    layers = {info.name for info in graph.layers}
+    result = []
+    for name, m in model.named_modules():
+        own = [p for p in m.parameters(recurse=False) if p.dim() == 1]
+        if name in layers or not own:
+            continue
+        running = [b for b in m.buffers(recurse=False) if b.dim() == 1]
+        result.append(NormTensors(group_of.get(name), own[0].numel(), len(own), len(running)))
+    return tuple(result)
+
+
+def cost_of(graph: NetworkGraph, policy: "Policy", norms: tuple[NormTensors, ...], convention: str) -> CostReport:
+    """The pure part of `cost`: a graph, a policy that belongs to it, and its norms."""
+    layers = tuple(_layer_cost(graph, info, policy, convention) for info in graph.layers)
+    kept = [len(policy.kept_channels(graph, i)) for i in range(len(graph.groups))]
+    norm_params = sum(n.parameters * (n.channels if n.group is None else kept[n.group]) for n in norms)
+    norm_buffers = sum(n.buffers * (n.channels if n.group is None else kept[n.group]) for n in norms)
+    return CostReport(
+        macs=sum(layer.macs for layer in layers),
+        bops=sum(layer.bops for layer in layers),
+        params=sum(layer.params for layer in layers) + norm_params,
+        bytes=sum(layer.bytes for layer in layers) + FLOAT_BYTES * (norm_params + norm_buffers),
+        layers=layers,
+        convention=convention,
+    )
+
+
+def _layer_cost(graph: NetworkGraph, info: LayerInfo, policy: "Policy", convention: str) -> LayerCost:
+    choice = policy.layer(info.name)
+    kept_out = info.out_channels if info.group is None else len(policy.kept_channels(graph, info.group))
+    kept_in = info.in_channels
+    if info.kind == "depthwise":
+        kept_in = kept_out
+    elif info.source is not None:
+        kept_in = len(policy.kept_channels(graph, info.source)) * info.repeat
+    macs = layer_macs(info, kept_in, kept_out)
+    per_output = 1 if info.kind == "depthwise" else kept_in // info.groups
+    fan_in = per_output * info.kernel_area
+    weights = fan_in * kept_out
+    biases = kept_out if info.bias else 0
+    packed = math.ceil(weights * choice.weight_bits / 8)
+    # a scale for a quantised weight and one for a quantised input
+    scales = sum(bits != FULL_PRECISION_BITS for bits in (choice.weight_bits, choice.activation_bits))
+    return LayerCost(
+        name=info.name,
+        kind=info.kind,
+        weight_bits=choice.weight_bits,
+        activation_bits=choice.activation_bits,
+        in_channels=info.in_channels,
+        out_channels=info.out_channels,
+        kept_in=kept_in,
+        kept_out=kept_out,
+        macs=macs,
+        bops=layer_bops(macs, fan_in, choice.weight_bits, choice.activation_bits, convention),
+        params=weights + biases,
+        bytes=packed + FLOAT_BYTES * (biases + scales),
+    )

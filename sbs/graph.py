@@ -1,0 +1,343 @@
+"""What the method needs to know of a network's graph: its layers, where channels are tied, where values can be negative.
+
+The network is traced with torch.fx; nothing of it is changed. Channels that only reach convolutions and linear layers
+(through element-wise operations, pooling and flattening) form a prunable group; a depth-wise convolution joins the
+group of its producer; channels that reach an addition, a group norm or the output stay (SBS, section 3.2).
+"""
+
+import math
+import operator
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+from torch.fx.passes.shape_prop import ShapeProp
+
+from sbs.errors import SbsError
+
+NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.SyncBatchNorm)
+_NONNEGATIVE = (nn.ReLU, nn.ReLU6, nn.Sigmoid, nn.Hardsigmoid)
+_SIGNED = (nn.LeakyReLU, nn.GELU, nn.SiLU, nn.Hardswish, nn.ELU, nn.Tanh, nn.PReLU)
+_POOLS = (nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d)
+_TRANSPARENT = (nn.Dropout, nn.Dropout2d, nn.Identity, nn.Flatten, *_POOLS)
+_MIXING = (nn.GroupNorm,)
+_NONNEGATIVE_CALLS = {torch.relu, F.relu, F.relu6, torch.sigmoid, F.sigmoid, "relu", "relu_", "sigmoid"}
+_SIGNED_CALLS = {F.leaky_relu, F.gelu, F.silu, F.hardswish, F.elu, torch.tanh, "tanh"}
+_POOL_CALLS = {F.max_pool2d, F.avg_pool2d, F.adaptive_avg_pool2d, F.adaptive_max_pool2d, F.boolean_dispatch}
+_RESHAPES = {torch.flatten, "flatten", "view", "reshape", "contiguous", torch.reshape}
+_TRANSPARENT_CALLS = {F.dropout, F.dropout2d, *_POOL_CALLS, *_RESHAPES}
+_ADDS = {operator.add, operator.iadd, torch.add, "add", "add_"}
+_MEANS = {torch.mean, "mean"}
+_SHAPE_CALLS = {"size", "dim", getattr, operator.getitem, operator.mul, operator.floordiv}
+
+
+@dataclass(frozen=True)
+class LayerInfo:
+    """One convolution or linear layer; sizes are those of the unpruned network.
+
+    kind: "conv", "depthwise", "grouped" or "linear". positions: output height x width (1 for linear).
+    signed: the input can be negative. source: index of the channel group that feeds it, None if its inputs stay;
+    repeat: input features per channel of that group (flattened maps). group: index of the group its outputs form.
+    """
+
+    name: str
+    kind: str
+    in_channels: int
+    out_channels: int
+    kernel_area: int
+    groups: int
+    positions: int
+    bias: bool
+    signed: bool
+    image: bool
+    edge: bool
+    source: int | None
+    repeat: int
+    group: int | None
+
+
+@dataclass(frozen=True)
+class ChannelGroup:
+    """Channels that are pruned together: the producing layer, depth-wise followers, norms, and the consumers."""
+
+    root: str
+    channels: int
+    followers: tuple[str, ...]
+    norms: tuple[str, ...]
+    consumers: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class NetworkGraph:
+    """Layers in order of execution, prunable channel groups, and the input's shape without the batch (C, H, W)."""
+
+    layers: tuple[LayerInfo, ...]
+    groups: tuple[ChannelGroup, ...]
+    input_shape: tuple[int, ...]
+
+    def layer(self, name: str) -> LayerInfo:
+        """The layer of that name; KeyError if there is none."""
+        return next(layer for layer in self.layers if layer.name == name)
+
+
+class _Tracer(fx.Tracer):
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        return isinstance(m, nn.Conv2d | nn.Linear) or super().is_leaf_module(m, module_qualified_name)
+
+
+def analyze(model: nn.Module, example_input: Tensor) -> NetworkGraph:
+    """Trace `model` on `example_input` (N, C, H, W) and return its graph.
+
+    Raises SbsError naming the module or operation that cannot be handled, and why.
+    """
+    return _Analysis(model, example_input).result()
+
+
+def _trace(model: nn.Module, example_input: Tensor) -> fx.GraphModule:
+    training = {m: m.training for m in model.modules()}
+    model.eval()
+    try:
+        graph = _Tracer().trace(model)
+        traced = fx.GraphModule(model, graph)
+        with torch.no_grad():
+            ShapeProp(traced).propagate(example_input)
+    except SbsError:
+        raise
+    except Exception as error:
+        raise SbsError(
+            f"{type(model).__name__} cannot be traced with torch.fx on an input of shape {tuple(example_input.shape)}: "
+            f"{error}. Control flow that depends on values must be moved out of forward()"
+        ) from error
+    finally:
+        for m, mode in training.items():
+            m.training = mode
+    return traced
+
+
+class _Analysis:
+    """One walk over a traced graph; `result` is what is kept of it."""
+
+    def __init__(self, model: nn.Module, example_input: Tensor) -> None:
+        self.input_shape = tuple(example_input.shape[1:])
+        self.traced = _trace(model, example_input)
+        self.modules = dict(self.traced.named_modules())
+        self.nodes = [n for n in self.traced.graph.nodes if self._is_tensor(n)]
+        for node in self.nodes:
+            self._check(node)
+        self.layer_nodes = {str(n.target): n for n in self.nodes if self._is_layer(n)}
+        self._check_calls()
+        if not self.layer_nodes:
+            raise SbsError(f"{type(model).__name__} has no Conv2d or Linear layer: there is nothing to compress")
+
+    @staticmethod
+    def _is_tensor(node: fx.Node) -> bool:
+        return "tensor_meta" in node.meta and node.op not in ("output", "get_attr")
+
+    def _module(self, node: fx.Node) -> nn.Module | None:
+        return self.modules[str(node.target)] if node.op == "call_module" else None
+
+    def _is_layer(self, node: fx.Node) -> bool:
+        return isinstance(self._module(node), nn.Conv2d | nn.Linear)
+
+    @staticmethod
+    def _shape(node: fx.Node) -> tuple[int, ...]:
+        return tuple(node.meta["tensor_meta"].shape)
+
+    @staticmethod
+    def _inputs(node: fx.Node) -> list[fx.Node]:
+        return [n for n in node.all_input_nodes if "tensor_meta" in n.meta]
+
+    # -- refusals
+
+    def _check(self, node: fx.Node) -> None:
+        m = self._module(node)
+        if m is None:
+            known = _NONNEGATIVE_CALLS | _SIGNED_CALLS | _TRANSPARENT_CALLS | _ADDS | _MEANS | _SHAPE_CALLS
+            if node.op != "placeholder" and self._call(node) not in known:
+                raise SbsError(f"operation {node.name!r} ({node.target}) is not supported: {_SUPPORTED}")
+            return
+        if not isinstance(m, (nn.Conv2d, nn.Linear, *NORMS, *_NONNEGATIVE, *_SIGNED, *_TRANSPARENT, *_MIXING)):
+            raise SbsError(f"module {node.target!r} ({type(m).__name__}) is not supported: {_SUPPORTED}")
+        if isinstance(m, nn.Conv2d):
+            _check_conv(str(node.target), m)
+        if isinstance(m, nn.Linear) and len(self._shape(self._inputs(node)[0])) != 2:
+            shape = self._shape(self._inputs(node)[0])
+            raise SbsError(
+                f"module {node.target!r} (Linear) gets an input of shape {shape}: flatten it to (N, features)"
+            )
+
+    def _check_calls(self) -> None:
+        seen: set[str] = set()
+        for node in self.nodes:
+            m = self._module(node)
+            if m is None or not any(True for _ in m.parameters()):
+                continue
+            if str(node.target) in seen:
+                raise SbsError(
+                    f"module {node.target!r} ({type(m).__name__}) is called more than once in forward(): "
+                    "weights shared between places cannot have one bit-width each; make them separate modules"
+                )
+            seen.add(str(node.target))
+
+    @staticmethod
+    def _call(node: fx.Node) -> Callable[..., object] | str:
+        target = node.target
+        # fx records max_pool2d as its boolean_dispatch wrapper, a closure of that name
+        if callable(target) and getattr(target, "__qualname__", "").startswith("boolean_dispatch"):
+            return F.boolean_dispatch
+        return target
+
+    # -- signs and edges
+
+    def _nonnegative(self, node: fx.Node) -> bool:
+        m, call = self._module(node), self._call(node)
+        if isinstance(m, _NONNEGATIVE) or call in _NONNEGATIVE_CALLS:
+            return True
+        if isinstance(m, _TRANSPARENT) or call in _TRANSPARENT_CALLS or call in _MEANS or call in _ADDS:
+            return all(self._nonnegative(n) for n in self._inputs(node))
+        return False
+
+    def _from_image(self, node: fx.Node) -> bool:
+        if node.op == "placeholder":
+            return True
+        m = self._module(node)
+        parametric = m is not None and any(True for _ in m.parameters())
+        return not parametric and all(self._from_image(n) for n in self._inputs(node))
+
+    def _reaches_output(self, node: fx.Node) -> bool:
+        for user in node.users:
+            if user.op == "output" or (not self._is_layer(user) and self._reaches_output(user)):
+                return True
+        return False
+
+    # -- channel groups
+
+    def _follow(self, node: fx.Node, channels: int, found: "_Found", repeat: int = 1) -> None:
+        """Walk on from a tensor that carries `channels` (each `repeat` features wide); sets found.stays at a barrier."""
+        for user in node.users:
+            m, call = self._module(user), self._call(user)
+            if isinstance(m, nn.Conv2d) and m.groups > 1:
+                if m.groups == m.in_channels == m.out_channels:
+                    found.followers.append(str(user.target))
+                    self._follow(user, channels, found, repeat)
+                else:
+                    found.stays = True
+            elif isinstance(m, nn.Conv2d | nn.Linear):
+                found.consumers[str(user.target)] = repeat
+            elif isinstance(m, NORMS):
+                found.norms.append((str(user.target), repeat))
+                self._follow(user, channels, found, repeat)
+            elif not self._keeps_channels(user):
+                found.stays = True
+            elif isinstance(m, nn.PReLU) and m.num_parameters > 1:
+                found.stays = True
+            else:
+                shape = self._shape(user)
+                features = shape[1] if len(shape) > 1 else 0
+                flattened = isinstance(m, nn.Flatten) or call in _RESHAPES
+                if features == 0 or features % channels or (not flattened and features != channels * repeat):
+                    found.stays = True
+                else:
+                    self._follow(user, channels, found, features // channels)
+
+    def _keeps_channels(self, node: fx.Node) -> bool:
+        m, call = self._module(node), self._call(node)
+        if not self._is_tensor(node):
+            return call in _SHAPE_CALLS
+        if m is not None:
+            return isinstance(m, (*_NONNEGATIVE, *_SIGNED, *_TRANSPARENT))
+        return call in _NONNEGATIVE_CALLS | _SIGNED_CALLS | _TRANSPARENT_CALLS | _MEANS
+
+    def _groups(self) -> tuple[list[ChannelGroup], dict[str, tuple[int, int]], dict[str, int]]:
+        groups: list[ChannelGroup] = []
+        source: dict[str, tuple[int, int]] = {}
+        member: dict[str, int] = {}
+        for name, node in self.layer_nodes.items():
+            m = self.modules[name]
+            channels = m.out_channels if isinstance(m, nn.Conv2d) else int(m.out_features)  # type: ignore[arg-type]
+            if isinstance(m, nn.Conv2d) and m.groups > 1:
+                continue
+            found = _Found()
+            self._follow(node, channels, found)
+            # a norm over flattened maps would need its own repeat; no known network has one
+            if found.stays or not found.consumers or any(r != 1 for _, r in found.norms):
+                continue
+            for layer in (name, *found.followers):
+                member[layer] = len(groups)
+            for layer, repeat in found.consumers.items():
+                source[layer] = (len(groups), repeat)
+            norms = tuple(n for n, _ in found.norms)
+            groups.append(ChannelGroup(name, channels, tuple(found.followers), norms, tuple(found.consumers)))
+        return groups, source, member
+
+    def result(self) -> NetworkGraph:
+        groups, source, member = self._groups()
+        layers = []
+        for name, node in self.layer_nodes.items():
+            m = self.modules[name]
+            before = self._inputs(node)[0]
+            image = self._from_image(before)
+            group, repeat = source.get(name, (None, 1))
+            layers.append(
+                LayerInfo(
+                    name=name,
+                    **_sizes(m, self._shape(node)),
+                    signed=not self._nonnegative(before),
+                    image=image,
+                    edge=image or self._reaches_output(node),
+                    source=group,
+                    repeat=repeat,
+                    group=member.get(name),
+                )
+            )
+        return NetworkGraph(tuple(layers), tuple(groups), self.input_shape)
+
+
+class _Found:
+    """What one walk from a producer met."""
+
+    def __init__(self) -> None:
+        self.stays = False
+        self.followers: list[str] = []
+        self.norms: list[tuple[str, int]] = []
+        self.consumers: dict[str, int] = {}
+
+
+_SUPPORTED = (
+    "networks are made of Conv2d, Linear, batch or group norm, element-wise activations, pooling, dropout, "
+    "flatten and addition. Replace it, or keep that part outside the compressed network"
+)
+
+
+def _check_conv(name: str, m: nn.Conv2d) -> None:
+    if m.padding_mode != "zeros":
+        raise SbsError(f"module {name!r} (Conv2d) pads with {m.padding_mode!r}: only zero padding is supported")
+    if isinstance(m.padding, str):
+        raise SbsError(f"module {name!r} (Conv2d) has padding={m.padding!r}: give the number of pixels instead")
+
+
+def _sizes(m: nn.Module, shape: tuple[int, ...]) -> dict[str, object]:
+    if isinstance(m, nn.Conv2d):
+        depthwise = m.groups > 1 and m.groups == m.in_channels == m.out_channels
+        kind = "depthwise" if depthwise else "grouped" if m.groups > 1 else "conv"
+        return {
+            "kind": kind,
+            "in_channels": m.in_channels,
+            "out_channels": m.out_channels,
+            "kernel_area": math.prod(m.kernel_size),
+            "groups": m.groups,
+            "positions": math.prod(shape[2:]),
+            "bias": m.bias is not None,
+        }
+    assert isinstance(m, nn.Linear)
+    return {
+        "kind": "linear",
+        "in_channels": m.in_features,
+        "out_channels": m.out_features,
+        "kernel_area": 1,
+        "groups": 1,
+        "positions": 1,
+        "bias": m.bias is not None,
+    }

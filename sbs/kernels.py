@@ -1,0 +1,201 @@
+"""Element-wise kernels of the closed form: normalise, quantise, residual statistics, and their backward pass.
+
+All work on a view of the tensor in memory order, so that one dynamic-shape graph serves every layer. They are compiled
+by torch.compile at first use; where no compiler is at hand they run eagerly, after one warning.
+
+Conventions: n_b = 2**b - 1 steps; z in [0, 1] is the normalised value, the code is k = round(z * n_b), ties to even.
+    unsigned  z = clip(x / scale, 0, 1)                                 value = scale * k / n_b
+    signed    u = clip((x - shift) / scale, -1, 1), z = (u + 1) / 2     value = scale * (2k - n_b) / n_b
+`gate` is a per-channel mask for tensors viewed as (outer, channels, inner); what it does is said by GateMode.
+"""
+
+import enum
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+class GateMode(enum.Enum):
+    """How a channel gate meets a quantiser: not at all, before it, after it, or in its statistics alone."""
+
+    NONE = "none"
+    BEFORE = "before"
+    AFTER = "after"
+    STATISTICS = "statistics"
+
+
+def _normalize(x: Tensor, shift: Tensor, scale: Tensor, signed: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Clipped value (u or z), z in [0, 1], and the closed-interval indicator, all float32 or wider."""
+    if signed:
+        raw = (x - shift) / scale
+        value = raw.clamp(-1, 1)
+        return value, (value + 1) * 0.5, (raw.abs() <= 1)
+    raw = x / scale
+    value = raw.clamp(0, 1)
+    return value, value, (raw >= 0) & (raw <= 1)
+
+
+def _wide(x: Tensor) -> Tensor:
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def encode(
+    x: Tensor,
+    gate: Tensor | None,
+    shift: Tensor,
+    scale: Tensor,
+    levels: Tensor,
+    signed: bool,
+    mode: GateMode,
+    dtype: torch.dtype,
+) -> Tensor:
+    """Integer codes of `x` as `dtype`: k (unsigned) or 2k - n (signed), zero where a gate is closed."""
+    x = _wide(x)
+    if mode is GateMode.BEFORE and gate is not None:
+        x = x * gate
+    _, z, _ = _normalize(x, shift, scale, signed)
+    codes = torch.round(z * levels)
+    if signed:
+        codes = 2 * codes - levels
+    if mode is GateMode.AFTER and gate is not None:
+        codes = codes * gate
+    return codes.to(dtype)
+
+
+def residual_sums(
+    x: Tensor, gate: Tensor | None, shift: Tensor, scale: Tensor, signed: bool, mode: GateMode, steps: tuple[int, ...]
+) -> Tensor:
+    """Sum of 12 * n**2 * (z - D_n(z))**2 for every n in `steps`: over its count, the gate statistic (ours: dimensionless)."""
+    x = _wide(x)
+    if mode is GateMode.BEFORE and gate is not None:
+        x = x * gate
+    _, z, _ = _normalize(x, shift, scale, signed)
+    sums = []
+    for n in steps:
+        scaled = z * n
+        residual = scaled - torch.round(scaled)
+        residual = residual * residual
+        if mode in (GateMode.AFTER, GateMode.STATISTICS) and gate is not None:
+            residual = residual * gate
+        sums.append(residual.sum() * 12)
+    return torch.stack(sums)
+
+
+def encode_with_sums(
+    x: Tensor,
+    gate: Tensor | None,
+    shift: Tensor,
+    scale: Tensor,
+    levels: Tensor,
+    signed: bool,
+    mode: GateMode,
+    dtype: torch.dtype,
+    steps: tuple[int, ...],
+) -> tuple[Tensor, Tensor]:
+    """`encode` and `residual_sums` in one pass."""
+    codes = encode(x, gate, shift, scale, levels, signed, mode, dtype)
+    return codes, residual_sums(x, gate, shift, scale, signed, mode, steps)
+
+
+def backward(
+    grad: Tensor,
+    grad_scale: Tensor,
+    x: Tensor,
+    gate: Tensor | None,
+    shift: Tensor,
+    scale: Tensor,
+    levels: Tensor,
+    bit_gates: Tensor,
+    signed: bool,
+    mode: GateMode,
+    grid: tuple[int, ...],
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """Closed-form gradients (dx, dscale, dbit_gates, dgate) of a loss with dL/dvalue = grad * grad_scale.
+
+    dx = g * 1[inside]; dscale = <g, v_q - v * 1[inside]>, v the normalised value, v_q its quantised one;
+    dbit_gates[j] = (dvalue/dz) * (product of lower gates) * <g, offset_j + gate_{j+1} * (offset_{j+1} + ...)>,
+    where offset_j = D_{grid[j+1]}(z) - D_{grid[j]}(z). dgate, per channel, uses the value before the gate.
+    """
+    before = _wide(x)
+    g = grad.to(before.dtype) * grad_scale
+    gated = mode is GateMode.BEFORE and gate is not None
+    v, z, inside = _normalize(before * gate if gated else before, shift, scale, signed)
+    quantized = torch.round(z * levels) / levels
+    v_q = 2 * quantized - 1 if signed else quantized
+    dgate = None
+    if mode is GateMode.AFTER and gate is not None:
+        dgate = (g * v_q * scale).sum(dim=(0, 2))
+        g = g * gate
+    inside = inside.to(g.dtype)
+    dx = g * inside
+    dscale = (g * (v_q - v * inside)).sum()
+    dots, coarse = [], torch.round(z * grid[0]) / grid[0]
+    for n in grid[1:]:
+        fine = torch.round(z * n) / n
+        dots.append((g * (fine - coarse)).sum())
+        coarse = fine
+    if gated:
+        dgate = (dx * before).sum(dim=(0, 2))
+        dx = dx * gate
+    slope = 2 * scale if signed else scale
+    return dx.to(x.dtype), dscale, _chain(dots, bit_gates, slope), dgate
+
+
+def _chain(dots: list[Tensor], gates: Tensor, slope: Tensor) -> Tensor:
+    """Gradients of the nested gated sum from the dot products of its offsets (Horner's scheme from the top)."""
+    if not dots:
+        return torch.zeros_like(gates)
+    tails, tail = [], torch.zeros_like(dots[0])
+    for j in reversed(range(len(dots))):
+        following = gates[j + 1] * tail if j + 1 < len(dots) else torch.zeros_like(tail)
+        tail = dots[j] + following
+        tails.insert(0, tail)
+    grads, product = [], slope
+    for j, value in enumerate(tails):
+        grads.append(product * value)
+        product = product * gates[j]
+    return torch.stack(grads).to(gates.dtype)
+
+
+class _Compiled:
+    """A function that compiles itself at first use and falls back to eager for good, warning once, if that fails."""
+
+    enabled = True
+    _warned = False
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        self.eager = function
+        self._compiled: Callable[..., Any] | None = None
+
+    def __call__(self, *args: Any) -> Any:
+        if not _Compiled.enabled or torch.compiler.is_compiling():
+            return self.eager(*args)
+        if self._compiled is None:
+            self._compiled = torch.compile(self.eager, dynamic=True, fullgraph=True)
+        try:
+            return self._compiled(*args)
+        except Exception as error:  # noqa: BLE001  a broken tool chain raises many types, none of them the caller's fault
+            if "torch._" not in type(error).__module__:
+                raise
+            _Compiled.enabled = False
+            if not _Compiled._warned:
+                _Compiled._warned = True
+                reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+                warnings.warn(f"SBS kernels run uncompiled, and slower: torch.compile failed ({reason})", stacklevel=3)
+            return self.eager(*args)
+
+
+def use_compiled(enabled: bool) -> bool:
+    """Switch compilation of the kernels on or off for this process; returns the former setting."""
+    former = _Compiled.enabled
+    _Compiled.enabled = enabled
+    return former
+
+
+compiled_encode = _Compiled(encode)
+compiled_encode_with_sums = _Compiled(encode_with_sums)
+compiled_residual_sums = _Compiled(residual_sums)
+compiled_backward = _Compiled(backward)

@@ -1,0 +1,227 @@
+"""Quantised convolution and linear layers: one class each for the super-network and the compressed network.
+
+A layer holds its candidate bit-widths; with one candidate it is a fixed-bit layer. In a super-network the gates of the
+step reach it through `context`, which the network sets before and clears after its forward pass.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from sbs.kernels import GateMode
+from sbs.quantizer import LINEAR, Affine, QuantizedAffine, Side, convolution
+from sbs.space import FULL_PRECISION_BITS, levels
+
+_MIN_STD = 1e-8
+CLIP_FLOOR_SHARE = 1e-3
+
+
+@dataclass(frozen=True)
+class LayerContext:
+    """The gates of one step for one layer; None where that side has nothing to choose or to gate."""
+
+    weight_gates: Tensor | None = None
+    weight_levels: Tensor | None = None
+    activation_gates: Tensor | None = None
+    activation_levels: Tensor | None = None
+    channel_gate: Tensor | None = None
+    collect: bool = False
+
+
+@dataclass(frozen=True)
+class QuantSettings:
+    """What is fixed for a layer: candidates, sign of its input, whether its input is the image, its gate's mode."""
+
+    weight_bits: tuple[int, ...]
+    activation_bits: tuple[int, ...]
+    signed: bool
+    image: bool = False
+    gate_mode: GateMode = GateMode.NONE
+
+
+class QuantizedLayer(nn.Module):
+    """What QuantConv2d and QuantLinear share: clips, statistics of the weights, the call of the quantised map."""
+
+    weight: nn.Parameter
+    bias: nn.Parameter | None
+    weight_clip: Tensor
+    activation_clip: Tensor
+    weight_clip_floor: Tensor
+    activation_clip_floor: Tensor
+
+    def setup(self, settings: QuantSettings) -> None:
+        """Give a float layer its clips and its (empty) bookkeeping."""
+        self.settings = settings
+        self.context = LayerContext()
+        self.kept_out: Tensor | None = None
+        self.kept_in: Tensor | None = None
+        self.pending_activation: tuple[Tensor, Tensor] | None = None
+        self.observed: list[Tensor] | None = None
+        options = {"dtype": self.weight.dtype, "device": self.weight.device}
+        for side, bits in (("weight", settings.weight_bits), ("activation", settings.activation_bits)):
+            quantized = bits != (FULL_PRECISION_BITS,)
+            clip = torch.ones((), **options)
+            # the image's clip is calibrated and stays: learning it would cost a gradient of the whole input
+            if quantized and not (side == "activation" and settings.image):
+                self.register_parameter(f"{side}_clip", nn.Parameter(clip))
+            else:
+                self.register_buffer(f"{side}_clip", clip)
+            self.register_buffer(f"{side}_clip_floor", torch.zeros((), **options))
+            top = float(levels(bits[-1])) if quantized else 1.0
+            self.register_buffer(f"_{side}_levels", torch.tensor(top, **options), persistent=False)
+        self.register_buffer("_zero", torch.zeros((), **options), persistent=False)
+        self.register_buffer("_no_gates", torch.ones(0, **options), persistent=False)
+
+    @property
+    def quantizes_weight(self) -> bool:
+        """Whether the weight is quantised (else full precision)."""
+        return self.settings.weight_bits != (FULL_PRECISION_BITS,)
+
+    @property
+    def quantizes_activation(self) -> bool:
+        """Whether the input is quantised (else full precision)."""
+        return self.settings.activation_bits != (FULL_PRECISION_BITS,)
+
+    @torch.no_grad()
+    def set_clip(self, side: str, value: Tensor | float) -> None:
+        """Set `weight_clip` or `activation_clip`, and with it the floor that after_step keeps it above."""
+        clip, floor = getattr(self, f"{side}_clip"), getattr(self, f"{side}_clip_floor")
+        clip.fill_(value)
+        floor.copy_(clip * CLIP_FLOOR_SHARE)
+
+    def kept_weight(self) -> Tensor:
+        """The weight's kept rows and columns, contiguous: what the compressed layer will hold."""
+        w = self.weight
+        if self.kept_out is not None:
+            w = w.index_select(0, self.kept_out)
+        if self.kept_in is not None:
+            w = w.index_select(1, self.kept_in)
+        return w.contiguous()
+
+    def _weight_side(self) -> tuple[Side, Tensor]:
+        """The weight's side and its scale v_w * std, statistics detached and over the kept weights alone."""
+        c = self.context
+        with torch.no_grad():
+            var, mean = torch.var_mean(self.kept_weight().detach(), correction=0)
+            std = var.sqrt().clamp_min(_MIN_STD)
+        grid = tuple(levels(b) for b in self.settings.weight_bits)
+        selected = self._weight_levels if c.weight_levels is None else c.weight_levels
+        return Side(grid, selected, mean, signed=True), self.weight_clip * std
+
+    def _activation_side(self) -> Side:
+        c, s = self.context, self.settings
+        grid = tuple(levels(b) for b in s.activation_bits)
+        selected = self._activation_levels if c.activation_levels is None else c.activation_levels
+        mode = s.gate_mode if c.channel_gate is not None else GateMode.NONE
+        return Side(grid, selected, self._zero, s.signed, mode, collect=c.collect and len(grid) > 1)
+
+    def apply_quantized(self, x: Tensor, affine: Affine) -> Tensor:
+        """The layer's output for input `x`, bias included; leaves the residual sums in `pending_activation`."""
+        c = self.context
+        if self.observed is not None:
+            self.observed.append(_sample(x, self.settings.signed))
+            return (
+                affine.forward(x, self.weight) if self.bias is None else self._add_bias(affine.forward(x, self.weight))
+            )
+        gate = c.channel_gate
+        if not self.quantizes_activation and gate is not None and self.settings.gate_mode is not GateMode.STATISTICS:
+            x = x * gate.view(1, -1, *[1] * (x.dim() - 2))
+            gate = None
+        if not self.quantizes_activation and not self.quantizes_weight:
+            y = affine.forward(x, self.weight)
+        else:
+            y = self._quantized(x, affine, gate)
+        return y if self.bias is None else self._add_bias(y)
+
+    def _quantized(self, x: Tensor, affine: Affine, gate: Tensor | None) -> Tensor:
+        c = self.context
+        x_side = self._activation_side() if self.quantizes_activation else None
+        w_side, w_scale = self._weight_side() if self.quantizes_weight else (None, self._zero)
+        x_gates = self._no_gates if c.activation_gates is None else c.activation_gates
+        w_gates = self._no_gates if c.weight_gates is None else c.weight_gates
+        y, sums = QuantizedAffine.apply(
+            x, self.weight, self.activation_clip, w_scale, x_gates, w_gates, gate, affine, x_side, w_side
+        )
+        if sums is not None:
+            self._collect(x, sums, gate if x_side is not None and x_side.mode is not GateMode.NONE else None)
+        output: Tensor = y
+        return output
+
+    def _collect(self, x: Tensor, sums: Tensor, gate: Tensor | None) -> None:
+        count = torch.full_like(sums[0], x.numel())
+        if gate is not None:
+            count = count * (gate.detach().mean())
+        if self.pending_activation is not None:
+            sums, count = sums + self.pending_activation[0], count + self.pending_activation[1]
+        self.pending_activation = (sums, count)
+
+    def _add_bias(self, y: Tensor) -> Tensor:
+        assert self.bias is not None
+        return y + self.bias.view(1, -1, *[1] * (y.dim() - 2)).to(y.dtype)
+
+
+class QuantConv2d(nn.Conv2d, QuantizedLayer):
+    """nn.Conv2d whose weight and input are quantised; see QuantizedLayer."""
+
+    @classmethod
+    def from_float(cls, m: nn.Conv2d, settings: QuantSettings) -> "QuantConv2d":
+        """A quantised layer with the weights, device and type of `m`."""
+        layer = cls(
+            m.in_channels,
+            m.out_channels,
+            m.kernel_size,  # type: ignore[arg-type]
+            m.stride,  # type: ignore[arg-type]
+            m.padding,  # type: ignore[arg-type]
+            m.dilation,  # type: ignore[arg-type]
+            m.groups,
+            m.bias is not None,
+            device=m.weight.device,
+            dtype=m.weight.dtype,
+        )
+        _adopt(layer, m, settings)
+        return layer
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, C, H, W) -> (N, O, H', W')."""
+        affine = convolution(list(self.stride), list(self.padding), list(self.dilation), self.groups)  # type: ignore[arg-type]
+        return self.apply_quantized(x, affine)
+
+
+class QuantLinear(nn.Linear, QuantizedLayer):
+    """nn.Linear whose weight and input are quantised; see QuantizedLayer."""
+
+    @classmethod
+    def from_float(cls, m: nn.Linear, settings: QuantSettings) -> "QuantLinear":
+        """A quantised layer with the weights, device and type of `m`."""
+        layer = cls(m.in_features, m.out_features, m.bias is not None, device=m.weight.device, dtype=m.weight.dtype)
+        _adopt(layer, m, settings)
+        return layer
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, F) -> (N, O)."""
+        return self.apply_quantized(x, LINEAR)
+
+
+def from_float(m: nn.Module, settings: QuantSettings) -> QuantConv2d | QuantLinear:
+    """The quantised layer of a convolution or a linear layer."""
+    if isinstance(m, nn.Conv2d):
+        return QuantConv2d.from_float(m, settings)
+    assert isinstance(m, nn.Linear)
+    return QuantLinear.from_float(m, settings)
+
+
+@torch.no_grad()
+def _adopt(layer: QuantConv2d | QuantLinear, m: nn.Conv2d | nn.Linear, settings: QuantSettings) -> None:
+    layer.weight = nn.Parameter(m.weight.detach().clone())
+    if m.bias is not None:
+        layer.bias = nn.Parameter(m.bias.detach().clone())
+    layer.train(m.training)
+    layer.setup(settings)
+
+
+def _sample(x: Tensor, signed: bool, limit: int = 65536) -> Tensor:
+    """An evenly spaced sample of |x| (signed) or max(x, 0), at most `limit` values: torch.quantile takes no more than 2**24."""
+    flat = x.detach().reshape(-1)
+    flat = flat[:: max(1, flat.numel() // limit)].float()
+    return flat.abs() if signed else flat.clamp_min(0)

@@ -1,0 +1,134 @@
+"""The search objective's second term, log BOPs of the gates, and what an optimiser needs to know of a network.
+
+L = CE(y, f(x)) + lambda * log(BOPs(gates)) (SBS, section 3.4; natural logarithm, convention mac_product).
+"""
+
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from sbs.errors import SbsError
+from sbs.gates import GateBank, effective_bits
+from sbs.graph import LayerInfo
+from sbs.layers import QuantizedLayer
+from sbs.supernet import SuperNet, clamp_clips
+
+Gradient = Literal["joint", "weights", "activations"]
+GRADIENTS = ("joint", "weights", "activations")
+
+
+def bop_penalty(net: SuperNet, gradient: Gradient = "joint") -> Tensor:
+    """log(BOPs) of the super-network's gates, a scalar differentiable in the thresholds.
+
+    gradient: which bit gates get a gradient, "weights", "activations" or both; the paper's code alternates between the
+    two from step to step. Channel gates always get theirs.
+    """
+    if gradient not in GRADIENTS:
+        raise SbsError(f"gradient={gradient!r} is unknown; use one of {', '.join(GRADIENTS)}")
+    weight = _bits(net, "weight", gradient in ("joint", "weights"))
+    activation = _bits(net, "activation", gradient in ("joint", "activations"))
+    kept = _kept(net)
+    macs = torch.stack([_macs(info, kept, weight) for info in net.graph.layers])
+    return (macs * weight * activation).sum().log()
+
+
+def _bits(net: SuperNet, side: str, differentiable: bool) -> Tensor:
+    """Bits of every layer (layers,), the first and last included."""
+    bank: GateBank = getattr(net, f"{side}_gates")
+    bits: tuple[int, ...] = getattr(net.space, f"{side}_bits")
+    if bank.thresholds.shape[1]:
+        gates = bank.gates() if differentiable else bank.open
+        searched = effective_bits(gates, bits)
+    else:
+        searched = bank.open.new_full((len(net.searched),), float(bits[0]))
+    edge = [info.edge for info in net.graph.layers]
+    if not any(edge):
+        return searched
+    is_edge = torch.tensor(edge, device=searched.device)
+    result = searched.new_full((len(edge),), float(net.space.first_last_bits))
+    return result.masked_scatter(~is_edge, searched)
+
+
+def _kept(net: SuperNet) -> list[Tensor]:
+    if not net.group_slices:
+        return []
+    gates = net.channel_gates.gates()
+    return [net.channel_gate(i, gates).sum() for i in range(len(net.graph.groups))]
+
+
+def _macs(info: LayerInfo, kept: list[Tensor], like: Tensor) -> Tensor:
+    constant = float(info.positions * info.kernel_area)
+    gated = bool(kept)
+    outputs = kept[info.group] if gated and info.group is not None else like.new_tensor(float(info.out_channels))
+    if info.kind == "depthwise":
+        return constant * outputs
+    inputs = kept[info.source] * info.repeat if gated and info.source is not None else float(info.in_channels)
+    return constant * outputs * inputs / info.groups
+
+
+def param_groups(net: nn.Module) -> dict[str, list[nn.Parameter]]:
+    """Trainable parameters of any network by what an optimiser should do with them.
+
+    "decay": convolution and linear weights; "no_decay": biases and norms; "clips"; "bit_thresholds";
+    "prune_thresholds". Every key is present, with [] where the network has none.
+    """
+    groups: dict[str, list[nn.Parameter]] = {
+        "decay": [],
+        "no_decay": [],
+        "clips": [],
+        "bit_thresholds": [],
+        "prune_thresholds": [],
+    }
+    channel_bank = net.channel_gates if isinstance(net, SuperNet) else None
+    for module in net.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            if not parameter.requires_grad or parameter.numel() == 0:
+                continue
+            if isinstance(module, GateBank):
+                key = "prune_thresholds" if module is channel_bank else "bit_thresholds"
+            elif isinstance(module, QuantizedLayer) and name.endswith("_clip"):
+                key = "clips"
+            elif isinstance(module, nn.Conv2d | nn.Linear) and name == "weight":
+                key = "decay"
+            else:
+                key = "no_decay"
+            groups[key].append(parameter)
+    return groups
+
+
+def after_step(net: nn.Module) -> None:
+    """Call after every optimizer.step(): clamps, and in a super-network the statistics and the gates.
+
+    In a super-network every rank must call it: it does one small all-reduce where torch.distributed is initialised.
+    """
+    if isinstance(net, SuperNet):
+        net.after_step()
+    else:
+        clamp_clips(net)
+
+
+def telemetry(net: SuperNet) -> dict[str, float]:
+    """Where the gates are: share of open gates per bit step, bits, pruned share, flips, distance of the thresholds.
+
+    gates/margin_* is the smallest |statistic - threshold| of a kind; gates/flips counts since the search began.
+    """
+    result: dict[str, float] = {}
+    flips = 0
+    for side in ("weight", "activation", "channel"):
+        bank: GateBank = getattr(net, f"{side}_gates")
+        if bank.thresholds.numel() == 0:
+            continue
+        flips += int(bank.flips)
+        result[f"gates/margin_{side}"] = float(bank.margin().abs().min())
+        result[f"gates/threshold_{side}"] = float(bank.thresholds.detach().mean())
+        if side == "channel":
+            result["gates/open_channel"] = float(bank.open.mean())
+            continue
+        bits: tuple[int, ...] = getattr(net.space, f"{side}_bits")
+        reached = bank.open.cumprod(dim=1).mean(dim=0)
+        for b, share in zip(bits[1:], reached.tolist(), strict=True):
+            result[f"gates/open_{side}_{b}"] = share
+        result[f"gates/mean_{side}_bits"] = float(effective_bits(bank.open, bits).mean())
+    result["gates/flips"] = float(flips)
+    return result

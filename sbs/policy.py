@@ -1,0 +1,187 @@
+"""A policy: bits and kept channels of every layer, as a versioned JSON document.
+
+Written by hand it may be short: every layer's name, weight_bits and activation_bits; `kept`, a list of output channels,
+only where channels go. Layers that the graph ties to a pruned one (depth-wise followers, consumers) follow by themselves.
+"""
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from sbs.errors import SbsError
+from sbs.graph import LayerInfo, NetworkGraph, analyze
+from sbs.layers import QuantizedLayer
+from sbs.space import FULL_PRECISION_BITS, MAX_QUANTIZED_BITS
+
+FORMAT = "sbs-policy"
+VERSION = 1
+
+
+@dataclass(frozen=True)
+class LayerPolicy:
+    """One layer's choice. kept: indices of the kept output channels in rising order, None for all of them."""
+
+    name: str
+    weight_bits: int
+    activation_bits: int
+    kept: tuple[int, ...] | None = None
+
+
+@dataclass(frozen=True)
+class Policy:
+    """The configuration that a search found, or a person wrote: one LayerPolicy per layer in order of execution."""
+
+    model: str
+    input_shape: tuple[int, ...]
+    layers: tuple[LayerPolicy, ...]
+
+    def layer(self, name: str) -> LayerPolicy:
+        """The choice for one layer; KeyError if the policy has none."""
+        for layer in self.layers:
+            if layer.name == name:
+                return layer
+        raise KeyError(name)
+
+    def kept_channels(self, graph: NetworkGraph, group: int) -> tuple[int, ...]:
+        """Kept channels of a ChannelGroup of `graph`."""
+        info = graph.groups[group]
+        kept = self.layer(info.root).kept
+        return tuple(range(info.channels)) if kept is None else kept
+
+    @classmethod
+    def uniform(
+        cls, model: nn.Module, example_input: Tensor, weight_bits: int, activation_bits: int, edge_bits: int = 8
+    ) -> "Policy":
+        """The same bits for every layer but the first and the last, which get `edge_bits`; nothing pruned."""
+        graph = analyze(model, example_input)
+        layers = tuple(
+            LayerPolicy(i.name, edge_bits if i.edge else weight_bits, edge_bits if i.edge else activation_bits)
+            for i in graph.layers
+        )
+        return cls(type(model).__name__, graph.input_shape, layers).checked(graph)
+
+    def checked(self, graph: NetworkGraph) -> "Policy":
+        """Return self if it belongs to `graph`; raise SbsError naming the first thing that does not fit."""
+        ours, theirs = [i.name for i in graph.layers], [layer.name for layer in self.layers]
+        if sorted(ours) != sorted(theirs):
+            missing, unknown = sorted(set(ours) - set(theirs)), sorted(set(theirs) - set(ours))
+            raise SbsError(
+                f"the policy (of {self.model}) is of another network: "
+                f"layers without a policy: {_some(missing)}; layers that this network does not have: {_some(unknown)}"
+            )
+        for info in graph.layers:
+            self._check_layer(graph, info)
+        return self
+
+    def _check_layer(self, graph: NetworkGraph, info: LayerInfo) -> None:
+        choice = self.layer(info.name)
+        for key in ("weight_bits", "activation_bits"):
+            bits = getattr(choice, key)
+            if bits != FULL_PRECISION_BITS and not 1 <= bits <= MAX_QUANTIZED_BITS:
+                raise SbsError(
+                    f"policy, layer {info.name!r}: {key}={bits}; use 1 to {MAX_QUANTIZED_BITS}, or {FULL_PRECISION_BITS}"
+                )
+        if choice.kept is None:
+            return
+        if info.group is None:
+            raise SbsError(
+                f"policy, layer {info.name!r}: its channels cannot be pruned (they reach an addition or the output), "
+                "but `kept` is given; remove it"
+            )
+        if not choice.kept or list(choice.kept) != sorted(set(choice.kept)):
+            raise SbsError(f"policy, layer {info.name!r}: `kept` must be a non-empty list of rising channel indices")
+        if choice.kept[0] < 0 or choice.kept[-1] >= info.out_channels:
+            raise SbsError(
+                f"policy, layer {info.name!r}: `kept` names channel {choice.kept[-1]}, "
+                f"but the layer has {info.out_channels} (0 to {info.out_channels - 1})"
+            )
+        root = graph.groups[info.group].root
+        if self.layer(root).kept != choice.kept:
+            raise SbsError(
+                f"policy, layer {info.name!r}: its channels follow {root!r}, but the two keep different ones"
+            )
+
+    def to_json(self) -> dict[str, Any]:
+        """The document as plain data."""
+        layers = [{k: v for k, v in asdict(layer).items() if k != "kept" or v is not None} for layer in self.layers]
+        return {
+            "format": FORMAT,
+            "version": VERSION,
+            "model": self.model,
+            "input_shape": list(self.input_shape),
+            "layers": layers,
+        }
+
+    @classmethod
+    def from_json(cls, document: Any, where: str = "policy") -> "Policy":
+        """A policy from plain data; SbsError names `where` and the key that is wrong."""
+        if not isinstance(document, dict) or document.get("format") != FORMAT:
+            raise SbsError(f'{where}: not a policy; the document starts with "format": "{FORMAT}"')
+        if document.get("version") != VERSION:
+            raise SbsError(
+                f"{where}: policy version {document.get('version')!r} is not known; this release reads version {VERSION}"
+            )
+        try:
+            layers = tuple(_layer_from_json(entry) for entry in document["layers"])
+            return cls(str(document["model"]), tuple(int(n) for n in document["input_shape"]), layers)
+        except KeyError as error:
+            raise SbsError(f"{where}: the key {error} is missing") from None
+        except (TypeError, ValueError) as error:
+            raise SbsError(f"{where}: {error}") from None
+
+    def save(self, path: str | Path) -> None:
+        """Write the JSON document."""
+        Path(path).write_text(json.dumps(self.to_json(), indent=1) + "\n")
+
+    @classmethod
+    def load(cls, path: str | Path) -> "Policy":
+        """Read a JSON document; raises SbsError naming the file and what is wrong with it."""
+        try:
+            document = json.loads(Path(path).read_text())
+        except OSError as error:
+            raise SbsError(f"{path}: cannot be read: {error.strerror}") from None
+        except ValueError as error:
+            raise SbsError(f"{path}: not JSON: {error}") from None
+        return cls.from_json(document, str(path))
+
+
+def _layer_from_json(entry: dict[str, Any]) -> LayerPolicy:
+    unknown = set(entry) - {"name", "weight_bits", "activation_bits", "kept"}
+    if unknown:
+        raise ValueError(f"layer {entry.get('name')!r}: unknown key {sorted(unknown)[0]!r}")
+    kept = entry.get("kept")
+    for key in ("weight_bits", "activation_bits"):
+        if isinstance(entry[key], bool) or not isinstance(entry[key], int):
+            raise ValueError(f"layer {entry.get('name')!r}: {key}={entry[key]!r} is not a whole number")
+    return LayerPolicy(
+        str(entry["name"]),
+        entry["weight_bits"],
+        entry["activation_bits"],
+        None if kept is None else tuple(int(c) for c in kept),
+    )
+
+
+def policy_of(net: nn.Module, graph: NetworkGraph) -> Policy:
+    """The policy that a network embodies now: super-network (its open gates), compressed or float network."""
+    from sbs.convert import freeze
+    from sbs.supernet import SuperNet
+
+    if isinstance(net, SuperNet):
+        return freeze(net)
+    layers = []
+    for info in graph.layers:
+        layer = net.get_submodule(info.name)
+        bits = (FULL_PRECISION_BITS, FULL_PRECISION_BITS)
+        if isinstance(layer, QuantizedLayer):
+            bits = (layer.settings.weight_bits[-1], layer.settings.activation_bits[-1])
+        layers.append(LayerPolicy(info.name, *bits))
+    return Policy(type(net).__name__, graph.input_shape, tuple(layers))
+
+
+def _some(names: list[str]) -> str:
+    if not names:
+        return "none"
+    return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")

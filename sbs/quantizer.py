@@ -1,0 +1,214 @@
+"""The quantised affine map: convolution or matrix product of integer codes, scales applied after (SBS, closed form).
+
+Codes k and 2k - n are small integers, exact in float32 and (to 8 bits) in bfloat16, so that the super-network in
+evaluation and the compressed network agree bit for bit while partial sums stay below 2**24. Only the input tensor is
+kept for the backward pass, where the codes are computed again.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sbs import kernels
+from sbs.kernels import GateMode
+
+# float16 sums of 255 * 255 overflow: there codes are scaled by a power of two, which is exact
+_HALF_SHRINK = 2.0**-8
+_EXACT_BF16_LEVELS = 256
+
+
+@dataclass(frozen=True)
+class Affine:
+    """A bilinear map of (input, weight), and its two gradients; `channels_last` views follow the input."""
+
+    forward: Callable[[Tensor, Tensor], Tensor]
+    backward: Callable[[Tensor, Tensor, Tensor, list[bool]], tuple[Tensor | None, Tensor | None]]
+
+
+def convolution(stride: list[int], padding: list[int], dilation: list[int], groups: int) -> Affine:
+    """2-d convolution without bias."""
+
+    def forward(x: Tensor, w: Tensor) -> Tensor:
+        return torch.conv2d(x, w, None, stride, padding, dilation, groups)
+
+    def backward(dy: Tensor, x: Tensor, w: Tensor, mask: list[bool]) -> tuple[Tensor | None, Tensor | None]:
+        dx, dw, _ = torch.ops.aten.convolution_backward(
+            dy, x, w, None, stride, padding, dilation, False, [0, 0], groups, [*mask, False]
+        )
+        return dx, dw
+
+    return Affine(forward, backward)
+
+
+def _linear_backward(dy: Tensor, x: Tensor, w: Tensor, mask: list[bool]) -> tuple[Tensor | None, Tensor | None]:
+    return (dy @ w if mask[0] else None), (dy.t() @ x if mask[1] else None)
+
+
+LINEAR = Affine(lambda x, w: x @ w.t(), _linear_backward)
+
+
+@dataclass(frozen=True)
+class Side:
+    """How one operand is quantised in one call; everything but the two learnable inputs (scale, bit gates).
+
+    grid: steps 2**b - 1 of the candidate bit-widths. levels: the selected one, 0-dim. shift: 0-dim, signed only.
+    collect: whether residual sums are wanted.
+    """
+
+    grid: tuple[int, ...]
+    levels: Tensor
+    shift: Tensor
+    signed: bool
+    mode: GateMode = GateMode.NONE
+    collect: bool = False
+
+
+def memory_view(x: Tensor, channels: bool) -> Tensor:
+    """View of a dense tensor in memory order: flat, or (outer, channels, inner) where channel gates need it."""
+    if x.is_contiguous():
+        if not channels:
+            return x.view(-1)
+        return x.view(x.shape[0], x.shape[1], -1)
+    x = x.permute(0, 2, 3, 1)
+    return x.reshape(-1, x.shape[-1], 1) if channels else x.reshape(-1)
+
+
+def _restore(view: Tensor, like: Tensor) -> Tensor:
+    if like.is_contiguous():
+        return view.view(like.shape)
+    n, c, h, w = like.shape
+    return view.view(n, h, w, c).permute(0, 3, 1, 2)
+
+
+def _dense(x: Tensor) -> Tensor:
+    if x.is_contiguous() or (x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last)):
+        return x
+    return x.contiguous()
+
+
+def _like(x: Tensor, like: Tensor) -> Tensor:
+    """`x` in the memory order of `like`."""
+    if like.is_contiguous():
+        return x.contiguous()
+    return x.contiguous(memory_format=torch.channels_last)
+
+
+def _compute_dtype(x: Tensor, sides: list[Side | None]) -> torch.dtype:
+    """float64 for float64 input, the autocast type where the codes are exact in it, else float32."""
+    if x.dtype == torch.float64:
+        return torch.float64
+    kind = x.device.type
+    if not torch.is_autocast_enabled(kind):
+        return torch.float32 if any(sides) else x.dtype
+    dtype = torch.get_autocast_dtype(kind)
+    exact = all(side is None or max(side.grid) < _EXACT_BF16_LEVELS for side in sides)
+    return dtype if exact else torch.float32
+
+
+def _encode(
+    x: Tensor, side: Side | None, scale: Tensor, gate: Tensor | None, dtype: torch.dtype, collect: bool
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """(codes, unit, residual sums): value = unit * codes. Without a side the values are their own codes."""
+    if side is None:
+        return x.to(dtype), torch.ones_like(scale), None
+    gated = gate is not None and side.mode is not GateMode.NONE
+    view = memory_view(x, gated)
+    column = gate.view(1, -1, 1) if gated and gate is not None else None
+    arguments = (view, column, side.shift, scale, side.levels, side.signed, side.mode, dtype)
+    sums = None
+    if collect:
+        codes, sums = kernels.compiled_encode_with_sums(*arguments, side.grid[:-1])
+    else:
+        codes = kernels.compiled_encode(*arguments)
+    unit = scale / side.levels
+    if dtype == torch.float16:
+        codes = codes * _HALF_SHRINK
+        unit = unit / _HALF_SHRINK
+    return _restore(codes, x), unit, sums
+
+
+class QuantizedAffine(torch.autograd.Function):
+    """y = affine(Q(x), Q(w)) with the closed-form gradients of method section 4; also returns the residual sums of x.
+
+    Inputs: x, w, their scales (0-dim), their bit gates (K - 1,), the channel gate of x (C,) or None, and the statics.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        w: Tensor,
+        x_scale: Tensor,
+        w_scale: Tensor,
+        x_gates: Tensor,
+        w_gates: Tensor,
+        channel_gate: Tensor | None,
+        affine: Affine,
+        x_side: Side | None,
+        w_side: Side | None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """x (N, C, ...), w (O, I, ...) -> y (N, O, ...), sums (K - 1,) or None."""
+        x, w = _dense(x), _dense(w)
+        dtype = _compute_dtype(x, [x_side, w_side])
+        collect = x_side is not None and x_side.collect
+        x_codes, x_unit, sums = _encode(x, x_side, x_scale, channel_gate, dtype, collect)
+        w_codes, w_unit, _ = _encode(w, w_side, w_scale, None, dtype, False)
+        with torch.autocast(x.device.type, enabled=False):
+            y = affine.forward(x_codes, w_codes)
+        y.mul_(x_unit * w_unit)
+        ctx.save_for_backward(x, w, x_scale, w_scale, x_gates, w_gates, channel_gate, w_codes, x_unit, w_unit)
+        ctx.statics = (affine, x_side, w_side, dtype)
+        if sums is not None:
+            ctx.mark_non_differentiable(sums)
+        return y, sums
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        """Gradients of x, w, the scales, the bit gates and the channel gate."""
+        x, w, x_scale, w_scale, x_gates, w_gates, channel_gate, w_codes, x_unit, w_unit = ctx.saved_tensors
+        affine, x_side, w_side, dtype = ctx.statics
+        x_codes, _, _ = _encode(x, x_side, x_scale, channel_gate, dtype, False)
+        need = ctx.needs_input_grad
+        x_needed = need[0] or need[2] or need[4] or need[6]
+        w_needed = need[1] or need[3] or need[5]
+        with torch.autocast(x.device.type, enabled=False):
+            dx_codes, dw_codes = affine.backward(grads[0].to(dtype), x_codes, w_codes, [x_needed, w_needed])
+        del x_codes
+        dx, dx_scale, dx_gates, dgate = _backward(dx_codes, w_unit, x, x_side, x_scale, x_gates, channel_gate)
+        dw, dw_scale, dw_gates, _ = _backward(dw_codes, x_unit, w, w_side, w_scale, w_gates, None)
+        return dx, dw, dx_scale, dw_scale, dx_gates, dw_gates, dgate, None, None, None
+
+
+def _backward(
+    grad: Tensor | None,
+    grad_scale: Tensor,
+    x: Tensor,
+    side: Side | None,
+    scale: Tensor,
+    bit_gates: Tensor,
+    channel_gate: Tensor | None,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    if grad is None:
+        return None, None, None, None
+    if side is None:
+        return (grad * grad_scale).to(x.dtype), None, None, None
+    gated = channel_gate is not None and side.mode in (GateMode.BEFORE, GateMode.AFTER)
+    mode = side.mode if gated else GateMode.NONE
+    column = channel_gate.view(1, -1, 1) if gated and channel_gate is not None else None
+    dx, dscale, dgates, dgate = kernels.compiled_backward(
+        memory_view(_like(grad, x), gated),
+        grad_scale,
+        memory_view(x, gated),
+        column,
+        side.shift,
+        scale,
+        side.levels,
+        bit_gates,
+        side.signed,
+        mode,
+        side.grid,
+    )
+    return _restore(dx, x), dscale.to(scale.dtype), dgates, dgate

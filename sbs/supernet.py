@@ -1,0 +1,285 @@
+"""The super-network: every bit-width and every channel group of a search space in one set of weights."""
+
+import copy
+import math
+from collections.abc import Iterator
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from sbs.gates import MOMENTUM, GateBank, decide, selected
+from sbs.graph import NetworkGraph, analyze
+from sbs.kernels import GateMode, compiled_residual_sums
+from sbs.layers import LayerContext, QuantConv2d, QuantizedLayer, QuantLinear, QuantSettings, from_float
+from sbs.quantizer import memory_view
+from sbs.space import SearchSpace, levels
+
+# r is at most half a coarse step: r**2 / (s**2 / 12) <= 3
+MAX_BIT_STATISTIC = 3.0
+
+
+class SuperNet(nn.Module):
+    """`model` with its convolutions and linear layers replaced, and the gate banks of the search.
+
+    weight_gates, activation_gates: (searched layers, bit-widths - 1). channel_gates: all groups of all ChannelGroups
+    in one vector. Layers that are not searched (first and last) have one bit-width and no gates.
+    """
+
+    def __init__(self, model: nn.Module, space: SearchSpace, graph: NetworkGraph) -> None:
+        super().__init__()
+        self.space, self.graph = space, graph
+        self.model = copy.deepcopy(model)
+        searched = []
+        for info in graph.layers:
+            edge = (space.first_last_bits,)
+            mode = gate_mode(graph, info.name)
+            settings = QuantSettings(
+                edge if info.edge else space.weight_bits,
+                edge if info.edge else space.activation_bits,
+                info.signed,
+                info.image,
+                mode,
+            )
+            self.model.set_submodule(info.name, from_float(self.model.get_submodule(info.name), settings))
+            if not info.edge:
+                searched.append(info.name)
+        self.searched = tuple(searched)
+        device = next(model.parameters()).device
+        rows = len(searched)
+        self.weight_gates = GateBank(rows, len(space.weight_bits) - 1, maximum=MAX_BIT_STATISTIC).to(device)
+        self.activation_gates = GateBank(rows, len(space.activation_bits) - 1, maximum=MAX_BIT_STATISTIC).to(device)
+        self.group_slices = _slices(graph, space) if space.prune else ()
+        total = self.group_slices[-1][1] if self.group_slices else 0
+        self.channel_gates = GateBank(total, maximum=math.inf).to(device)
+        for side in ("weight", "activation"):
+            bits = getattr(space, f"{side}_bits")
+            steps = torch.tensor([float(levels(b)) for b in bits], device=device)
+            self.register_buffer(f"_{side}_steps", steps, persistent=False)
+        self.register_load_state_dict_post_hook(lambda module, _: module.refresh_kept())
+
+    def layers(self) -> Iterator[tuple[str, QuantConv2d | QuantLinear]]:
+        """Name and module of every quantised layer, in order of execution."""
+        for info in self.graph.layers:
+            layer = self.model.get_submodule(info.name)
+            assert isinstance(layer, QuantConv2d | QuantLinear)
+            yield info.name, layer
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, C, H, W) -> logits, with the gates as they were decided after the last step."""
+        self._set_contexts()
+        try:
+            output: Tensor = self.model(x)
+        finally:
+            for _, layer in self.layers():
+                layer.context = LayerContext()
+        return output
+
+    def channel_gate(self, group: int, gates: Tensor) -> Tensor:
+        """Gate per channel (channels,) of a ChannelGroup from the vector of all group gates."""
+        start, stop = self.group_slices[group]
+        channels = self.graph.groups[group].channels
+        return gates[start:stop].repeat_interleave(self.space.group_size)[:channels]
+
+    def _set_contexts(self) -> None:
+        weight, activation = self._bit_contexts("weight"), self._bit_contexts("activation")
+        channels = self.channel_gates.gates() if self.group_slices else None
+        rows = {name: i for i, name in enumerate(self.searched)}
+        gate_of: dict[int, Tensor] = {}
+        for info in self.graph.layers:
+            layer = self.model.get_submodule(info.name)
+            assert isinstance(layer, QuantizedLayer)
+            row, gate = rows.get(info.name), None
+            if channels is not None and layer.settings.gate_mode is not GateMode.NONE:
+                group = info.group if layer.settings.gate_mode is GateMode.STATISTICS else info.source
+                assert group is not None
+                if group not in gate_of:
+                    gate_of[group] = self.channel_gate(group, channels)
+                gate = gate_of[group]
+                if layer.settings.gate_mode is GateMode.STATISTICS:
+                    gate = gate.detach()
+                elif info.repeat > 1:
+                    gate = gate.repeat_interleave(info.repeat)
+            wg, wl = (None, None) if row is None else weight[row]
+            ag, al = (None, None) if row is None else activation[row]
+            layer.context = LayerContext(wg, wl, ag, al, gate, collect=self.training)
+
+    def _bit_contexts(self, side: str) -> list[tuple[Tensor | None, Tensor | None]]:
+        bank: GateBank = getattr(self, f"{side}_gates")
+        if bank.thresholds.shape[1] == 0:
+            return [(None, None)] * len(self.searched)
+        chosen = getattr(self, f"_{side}_steps")[selected(bank.open)]
+        return list(zip(bank.gates().unbind(0), chosen.unbind(0), strict=True))
+
+    # -- after each optimiser step
+
+    @torch.no_grad()
+    def after_step(self) -> None:
+        """Clamp clips and thresholds, bring the gate statistics up to date on all ranks, decide the gates.
+
+        One all-reduce of (searched layers x bit-widths) numbers where torch.distributed is initialised.
+        """
+        clamp_clips(self.model)
+        for bank in (self.weight_gates, self.activation_gates, self.channel_gates):
+            bank.clamp()
+        self._update_activation_statistics(MOMENTUM)
+        self._update_weight_statistics()
+        self._update_channel_statistics()
+        for bank in (self.weight_gates, self.activation_gates):
+            bank.commit(decide(bank.margin(), bank.open))
+        self._decide_channels()
+
+    @torch.no_grad()
+    def start_statistics(self) -> None:
+        """Take the gate statistics from what calibration collected, in place of the running means, and decide."""
+        self._update_activation_statistics(momentum=1.0)
+        self._update_weight_statistics()
+        self._update_channel_statistics()
+        self.refresh_kept()
+
+    def _searched_layers(self) -> list[QuantizedLayer]:
+        layers = dict(self.layers())
+        return [layers[name] for name in self.searched]
+
+    @torch.no_grad()
+    def _update_activation_statistics(self, momentum: float) -> None:
+        bank, layers = self.activation_gates, self._searched_layers()
+        pending = [layer.pending_activation for layer in layers]
+        for layer in layers:
+            layer.pending_activation = None
+        if bank.thresholds.numel() == 0:
+            return
+        # every rank takes part in the all-reduce, also one that saw no batch
+        empty = bank.statistic.new_zeros(bank.statistic.shape[1])
+        sums = torch.stack([empty if p is None else p[0].to(empty.dtype) for p in pending])
+        counts = torch.stack([empty[0] if p is None else p[1].to(empty.dtype) for p in pending])
+        table = torch.cat([sums, counts.unsqueeze(1)], dim=1).double()
+        if dist.is_available() and dist.is_initialized():
+            dist.all_reduce(table)
+        seen = table[:, -1:] > 0
+        fresh = (table[:, :-1] / table[:, -1:].clamp_min(1)).to(bank.statistic.dtype)
+        bank.statistic.copy_(torch.where(seen, torch.lerp(bank.statistic, fresh, momentum), bank.statistic))
+
+    @torch.no_grad()
+    def _update_weight_statistics(self) -> None:
+        bank = self.weight_gates
+        if bank.thresholds.numel() == 0:
+            return
+        rows = [weight_statistic(layer, self.space.weight_bits) for layer in self._searched_layers()]
+        bank.statistic.copy_(torch.stack(rows))
+
+    @torch.no_grad()
+    def _update_channel_statistics(self) -> None:
+        for group, (start, stop) in zip(self.graph.groups, self.group_slices, strict=False):
+            weight = self.model.get_parameter(f"{group.root}.weight")
+            self.channel_gates.statistic[start:stop] = group_statistic(weight, self.space.group_size)
+
+    @torch.no_grad()
+    def _decide_channels(self) -> None:
+        """Decide the channel gates; where more than max_prune_share would close, the ones nearest to opening stay open.
+
+        Thresholds end between 0 and the layer's largest statistic. One transfer to the host and back for all groups.
+        """
+        bank = self.channel_gates
+        if not self.group_slices:
+            return
+        statistic, thresholds, is_open = torch.stack([bank.statistic, bank.thresholds, bank.open]).cpu()
+        for start, stop in self.group_slices:
+            part = slice(start, stop)
+            thresholds[part].clamp_(max=float(statistic[part].max()))
+            margin = statistic[part] - thresholds[part]
+            wanted = decide(margin, is_open[part])
+            closed = (wanted == 0).nonzero().squeeze(1)
+            excess = len(closed) - int(self.space.max_prune_share * (stop - start))
+            if excess > 0:
+                reopened = closed[margin[closed].topk(excess).indices]
+                wanted[reopened] = 1.0
+                thresholds[part][reopened] = torch.minimum(thresholds[part][reopened], statistic[part][reopened])
+            is_open[part] = wanted
+        bank.thresholds.copy_(thresholds)
+        bank.commit(is_open.to(bank.open.device))
+        self.refresh_kept()
+
+    def refresh_kept(self) -> None:
+        """Tell the layers which rows and columns are kept, from the open channel gates."""
+        if not self.group_slices:
+            return
+        # one transfer to the host per step for all groups
+        is_open = self.channel_gates.open.cpu()
+        kept = [_kept_channels(self.channel_gate(i, is_open)) for i in range(len(self.graph.groups))]
+        for info in self.graph.layers:
+            layer = self.model.get_submodule(info.name)
+            assert isinstance(layer, QuantizedLayer)
+            rows = None if info.group is None else kept[info.group]
+            columns = None if info.source is None or info.kind == "depthwise" else kept[info.source]
+            if columns is not None and info.repeat > 1:
+                columns = (columns.unsqueeze(1) * info.repeat + torch.arange(info.repeat)).reshape(-1)
+            device = layer.weight.device
+            layer.kept_out = None if rows is None else rows.to(device)
+            layer.kept_in = None if columns is None else columns.to(device)
+
+
+def prepare(model: nn.Module, space: SearchSpace, example_input: Tensor) -> SuperNet:
+    """Build the super-network of `model` (whose weights are copied, never changed).
+
+    example_input: (N, C, H, W), only its shape matters. Call `calibrate` before the first step.
+    Raises SbsError naming the module that cannot be handled, and why.
+    """
+    return SuperNet(model, space, analyze(model, example_input))
+
+
+def gate_mode(graph: NetworkGraph, name: str) -> GateMode:
+    """Where the channel gate of a layer's input acts.
+
+    Before the quantiser of an unsigned consumer and after that of a signed one (a signed grid has no zero); in the
+    statistics alone for the depth-wise convolution inside a group, whose output its consumers gate.
+    """
+    info = graph.layer(name)
+    if info.kind == "depthwise" and info.group is not None:
+        return GateMode.STATISTICS
+    if info.source is None:
+        return GateMode.NONE
+    return GateMode.AFTER if info.signed else GateMode.BEFORE
+
+
+def clamp_clips(model: nn.Module) -> None:
+    """Keep every clip at or above 1e-3 of its start (ours)."""
+    layers = [m for m in model.modules() if isinstance(m, QuantizedLayer)]
+    clips = [c for m in layers for c in (m.weight_clip, m.activation_clip)]
+    floors = [f for m in layers for f in (m.weight_clip_floor, m.activation_clip_floor)]
+    if clips:
+        torch._foreach_maximum_(clips, floors)
+
+
+def weight_statistic(layer: QuantizedLayer, bits: tuple[int, ...]) -> Tensor:
+    """mean(r**2) / (s**2 / 12) over the kept weights for every bit step: (K - 1,)."""
+    kept = layer.kept_weight().detach()
+    side, scale = layer._weight_side()
+    steps = tuple(levels(b) for b in bits[:-1])
+    sums: Tensor = compiled_residual_sums(memory_view(kept, False), None, side.shift, scale, True, GateMode.NONE, steps)
+    return sums / kept.numel()
+
+
+def group_statistic(weight: Tensor, group_size: int) -> Tensor:
+    """mean|W_c| / mean over groups of mean|W_c| for every group of output channels: (groups,), raw weights."""
+    per_channel = weight.detach().abs().flatten(1).mean(dim=1)
+    count = math.ceil(len(per_channel) / group_size)
+    missing = count * group_size - len(per_channel)
+    groups = F.pad(per_channel, (0, missing)).view(count, group_size).sum(dim=1) / group_size
+    groups[-1] *= group_size / (group_size - missing)
+    return groups / groups.mean().clamp_min(torch.finfo(groups.dtype).tiny)
+
+
+def _slices(graph: NetworkGraph, space: SearchSpace) -> tuple[tuple[int, int], ...]:
+    ends, result = 0, []
+    for group in graph.groups:
+        count = math.ceil(group.channels / space.group_size)
+        result.append((ends, ends + count))
+        ends += count
+    return tuple(result)
+
+
+def _kept_channels(gate: Tensor) -> Tensor | None:
+    """Indices of the open channels, or None if all are."""
+    return None if bool((gate > 0).all()) else gate.nonzero().squeeze(1)

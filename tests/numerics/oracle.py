@@ -167,10 +167,10 @@ def chain_quantiser(
     return clip * (2 * zq - 1) if signed else clip * zq
 
 
-def standardise(weight: Tensor, kept_out: Tensor, kept_in: Tensor, unbiased: bool) -> tuple[Tensor, Tensor]:
+def standardise(weight: Tensor, kept_out: Tensor, kept_in: Tensor) -> tuple[Tensor, Tensor]:
     """(W - mean) / std with detached statistics over kept rows and columns; also returns the std."""
     kept = weight.detach()[kept_out][:, kept_in]
-    std = kept.std(unbiased=unbiased)
+    std = kept.std(unbiased=False)
     return (weight - kept.mean()) / std, std
 
 
@@ -183,7 +183,6 @@ def chain_weight(
     kept_out: Tensor | None = None,
     kept_in: Tensor | None = None,
     statistics: Tensor | None = None,
-    unbiased: bool = False,
 ) -> Tensor:
     """Quantised weights in their own scale: standardise, quantise (signed), multiply by the detached std again.
 
@@ -191,19 +190,16 @@ def chain_weight(
     """
     rows = torch.ones(weight.shape[0], dtype=torch.bool) if kept_out is None else kept_out
     columns = torch.ones(weight.shape[1], dtype=torch.bool) if kept_in is None else kept_in
-    w, std = standardise(weight, rows, columns, unbiased)
+    w, std = standardise(weight, rows, columns)
     if statistics is None:
         statistics = residual_statistics(normalise(w.detach()[rows][:, columns], clip.detach(), True), bits)
     return chain_quantiser(w, clip, thresholds, statistics, bits, signed=True) * std
 
 
-def gated_feature_map(
-    feature: Tensor, statistics: Tensor, thresholds: Tensor, group_size: int, gates: Tensor | None = None
-) -> Tensor:
-    """Feature map (N, C, ...) times its pruning gates, one per group of channels."""
-    g = gate(statistics, thresholds) if gates is None else gates
+def gated_feature_map(feature: Tensor, gates: Tensor, group_size: int) -> Tensor:
+    """Feature map (N, C, ...) times its pruning gates, one per group of consecutive channels."""
     shape = (1, -1, *([1] * (feature.dim() - 2)))
-    return feature * g.repeat_interleave(group_size).reshape(shape)
+    return feature * gates.repeat_interleave(group_size).reshape(shape)
 
 
 # ------------------------------------------------------------------------------------------ closed form, plain NumPy

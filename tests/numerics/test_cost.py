@@ -1,0 +1,76 @@
+"""MACs, BOPs, parameters and bytes, each counted a second way: shape tables written by hand, and forward hooks."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+import sbs
+from sbs.errors import SbsError
+from tests.numerics import networks, oracle, tables
+
+
+def _hooked_macs(model: nn.Module, size: int) -> dict[str, int]:
+    """MACs per layer in order of execution, from the shapes that really flow (one image)."""
+    counts: dict[str, int] = {}
+
+    def count(name):
+        def hook(module, _, output):
+            counts[name] = output[0].numel() * module.weight[0].numel()
+
+        return hook
+
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Conv2d | nn.Linear):
+            module.register_forward_hook(count(name))
+    with torch.no_grad():
+        model.eval()(torch.zeros(1, 3, size, size))
+    return counts
+
+
+@pytest.mark.parametrize("reference", tables.REFERENCES, ids=lambda r: r.name)
+def test_reference_table(reference):
+    model = sbs.models.build(reference.name, reference.num_classes)
+    report = sbs.cost(model, (3, reference.size, reference.size))
+    assert report.convention == "mac_product"
+    assert report.macs == reference.macs
+    assert report.bops == reference.macs * 32 * 32
+    assert report.bops / 1e9 == pytest.approx(reference.gbops, abs=reference.gbops_unit / 2)
+    assert report.params == sum(row.params for row in reference.rows) == sum(p.numel() for p in model.parameters())
+    by_shape = [(row.c_in, row.c_out, row.macs) for row in reference.rows]
+    assert sorted((c.in_channels, c.out_channels, c.macs) for c in report.layers) == sorted(by_shape)
+    assert {c.name: c.macs for c in report.layers} == _hooked_macs(model, reference.size)
+
+
+@pytest.mark.parametrize("bits", [(4, 4), (2, 8)], ids=str)
+@pytest.mark.parametrize("reference", tables.REFERENCES[:1] + tables.REFERENCES[4:], ids=lambda r: r.name)
+def test_uniform_policies_in_both_conventions(reference, bits):
+    model = sbs.models.build(reference.name, reference.num_classes)
+    shape = (3, reference.size, reference.size)
+    policy = sbs.Policy.uniform(model, torch.zeros(1, *shape), weight_bits=bits[0], activation_bits=bits[1])
+    widths = [(8, 8), *[bits] * (len(reference.rows) - 2), (8, 8)]
+    product = sum(row.macs * w * a for row, (w, a) in zip(reference.rows, widths, strict=True))
+    uniq = sum(
+        oracle.uniq_bit_operations(row.macs, w, a, row.fan_in)
+        for row, (w, a) in zip(reference.rows, widths, strict=True)
+    )
+    assert sbs.cost(model, shape, policy).bops == pytest.approx(product, rel=1e-12)
+    assert sbs.cost(model, shape, policy, convention="uniq").bops == pytest.approx(uniq, rel=1e-12)
+
+
+def test_uniq_by_hand():
+    """One 3x3 convolution, 3 -> 8 channels, 10 x 10 positions at 8/8 bits, and a linear layer 8 -> 5."""
+    model = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 5))
+    x = torch.zeros(1, 3, 10, 10)
+    policy = sbs.Policy.uniform(model, x, weight_bits=4, activation_bits=4)
+    report = sbs.cost(model, (3, 10, 10), policy, convention="uniq")
+    assert report.bops == pytest.approx(21_600 * (64 + 16 + math.log2(27)) + 40 * (64 + 16 + 3))
+    assert sbs.cost(model, (3, 10, 10), policy).bops == (21_600 + 40) * 64
+
+
+def test_unknown_convention_is_refused_with_the_known_ones():
+    with pytest.raises(SbsError, match=r"(?s)flops.*mac_product.*uniq"):
+        sbs.cost(networks.Residual(), (3, 8, 8), convention="flops")

@@ -1,0 +1,129 @@
+"""Whole super-networks against chains written by hand: loss, every gradient, BOPs, and the next step's statistics."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+import sbs
+from sbs import kernels
+from tests.numerics import networks, oracle, states
+from tests.numerics.chain_networks import CHAINS
+
+SIZE = 8
+
+
+@pytest.fixture(autouse=True)
+def _eager_kernels():
+    before = kernels.use_compiled(False)
+    yield
+    kernels.use_compiled(before)
+
+
+def _macs(model: nn.Module) -> dict[str, int]:
+    counts: dict[str, int] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Conv2d | nn.Linear):
+            module.register_forward_hook(
+                lambda m, _, out, name=name: counts.__setitem__(name, out[0].numel() * m.weight[0].numel())
+            )
+    model.eval()(torch.zeros(1, 3, SIZE, SIZE))
+    return counts
+
+
+def _pair(kind: str, seed: int, **space):
+    torch.manual_seed(seed)
+    model = networks.USER_NETWORKS[kind]()
+    space = {"group_size": 2, "max_prune_share": 0.9} | space
+    net = states.searched(model, SIZE, seed=seed, dtype=torch.float64, **space)
+    net.train()
+    return net, CHAINS[kind](net, _macs(networks.USER_NETWORKS[kind]()))
+
+
+def _product_leaves(net) -> dict[str, torch.Tensor]:
+    """Gradients of the product under the chain's names."""
+    leaves = {name: p.grad for name, p in net.model.named_parameters()}
+    for side in ("weight", "activation"):
+        grad = getattr(net, f"{side}_gates").thresholds.grad
+        for row, name in enumerate(net.searched):
+            leaves[f"{side} thresholds of {name}"] = None if grad is None else grad[row]
+    for group, (start, stop) in zip(net.graph.groups, net.group_slices, strict=True):
+        grad = net.channel_gates.thresholds.grad
+        leaves[f"gates of {group.root}"] = None if grad is None else grad[start:stop]
+    return leaves
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+@pytest.mark.parametrize("kind", CHAINS)
+def test_loss_and_every_gradient(kind, seed):
+    net, chain = _pair(kind, seed)
+    assert 0 < net.channel_gates.open.mean() < 1
+    x, y = networks.images(4, SIZE, 99 + seed, torch.float64), torch.arange(4) % 5
+    gradient = ("joint", "weights", "activations")[seed]
+
+    want = chain.forward(x)
+    penalty = chain.log_bops(gradient)
+    (F.cross_entropy(want, y) + 0.3 * penalty).backward()
+    got = net(x)
+    product_penalty = sbs.bop_penalty(net, gradient=gradient)
+    (F.cross_entropy(got, y) + 0.3 * product_penalty).backward()
+
+    torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-9)
+    assert product_penalty.item() == pytest.approx(penalty.item(), rel=1e-6)
+    leaves = _product_leaves(net)
+    compared = 0
+    for name, leaf in chain.leaves.items():
+        if name == f"{chain.order[0]}.activation_clip":
+            continue  # the image's clip is calibrated, not learnt
+        if leaf.grad is None or leaf.numel() == 0:
+            assert leaves[name] is None or not leaves[name].any(), name
+            continue
+        torch.testing.assert_close(
+            leaves[name].double(), leaf.grad, rtol=1e-6, atol=1e-8, msg=lambda m, n=name: f"{n}: {m}"
+        )
+        compared += bool(leaf.grad.abs().sum() > 0)
+    assert compared >= 25
+
+
+@pytest.mark.parametrize("kind", CHAINS)
+def test_statistics_after_a_step(kind):
+    """Activation statistics move by one momentum towards the batch's; weight and group statistics are exact at once."""
+    net, chain = _pair(kind, 3)
+    before = {name: chain.statistics[f"activation {name}"] for name in chain.order[1:-1]}
+    x = networks.images(4, SIZE, 7, torch.float64)
+    with torch.no_grad():
+        chain.forward(x)
+    net(x)
+    sbs.after_step(net)
+    rates = []
+    for row, name in enumerate(chain.order[1:-1]):
+        moved = net.activation_gates.statistic[row] - before[name]
+        rates += (moved / (chain.seen[name] - before[name])).tolist()
+        torch.testing.assert_close(net.weight_gates.statistic[row], chain.weight_statistics(name), rtol=1e-9, atol=1e-9)
+    assert rates == pytest.approx([rates[0]] * len(rates), rel=1e-6)
+    assert 0 < rates[0] < 1
+    for group, (start, stop) in zip(net.graph.groups, net.group_slices, strict=True):
+        want = oracle.pruning_statistics(chain.leaves[f"{group.root}.weight"], net.space.group_size)
+        torch.testing.assert_close(net.channel_gates.statistic[start:stop], want, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("kind", CHAINS)
+def test_penalty_is_the_log_of_the_cost_of_the_frozen_network(kind):
+    net, _ = _pair(kind, 4)
+    report = sbs.cost(net, (3, SIZE, SIZE))
+    assert sbs.bop_penalty(net).exp().item() == pytest.approx(report.bops, rel=1e-5)
+    assert sbs.cost(networks.USER_NETWORKS[kind](), (3, SIZE, SIZE), sbs.freeze(net)).bops == report.bops
+
+
+def test_a_threshold_is_pushed_up_by_the_penalty_and_a_closed_group_still_feels_the_loss():
+    net, _ = _pair("residual", 5)
+    sbs.bop_penalty(net).backward()
+    assert (net.channel_gates.thresholds.grad < 0).all()  # descent raises the threshold: towards fewer BOPs
+    net.zero_grad()
+    x, y = networks.images(4, SIZE, 1, torch.float64), torch.arange(4) % 5
+    F.cross_entropy(net(x), y).backward()
+    closed = net.channel_gates.open == 0
+    assert closed.any()
+    assert (net.channel_gates.thresholds.grad[closed] != 0).all()

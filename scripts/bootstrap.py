@@ -126,6 +126,10 @@ def make_venv(log: Path) -> None:
         # From inside another virtual environment: the interpreter behind it, which outlives it.
         base = getattr(sys, "_base_executable", sys.executable)
         run([base, "-m", "venv", "--clear", str(VENV)], log)
+    # A pip that was killed can leave a package without its list of files, which pip would then take for installed.
+    for record in VENV.glob("lib/python*/site-packages/*.dist-info"):
+        if not (record / "RECORD").is_file():
+            shutil.rmtree(record)
 
 
 def pip_install(log: Path, *arguments: str, env: dict[str, str] | None = None) -> None:

@@ -30,36 +30,31 @@ def installed(packages: Sequence[str]) -> set[str]:
     return {row[0] for row in rows if row[-1] == "installed"}
 
 
-def as_administrator() -> tuple[str, ...] | None:
-    """What goes before a command that needs root: nothing as root, sudo where it works, None where neither is."""
+def administrator(packages: Sequence[str], purpose: str) -> tuple[str, ...]:
+    """What goes before a command that needs root: nothing as root, else sudo; raises SetupError where neither is."""
+    if not shutil.which("apt-get"):
+        raise SetupError(
+            f"{purpose} needs what Debian calls {' '.join(packages)}; there is no apt-get here: install their like"
+        )
     if os.geteuid() == 0:
         return ()
     sudo = shutil.which("sudo")
-    if not sudo:
-        return None
-    if subprocess.run([sudo, "-n", "true"], capture_output=True, check=False).returncode == 0:
+    if sudo and subprocess.run([sudo, "-n", "true"], capture_output=True, check=False).returncode == 0:
         return (sudo, "-n")
-    if sys.stdin.isatty() and subprocess.run([sudo, "-v"], check=False).returncode == 0:
+    if sudo and sys.stdin.isatty() and subprocess.run([sudo, "-v"], check=False).returncode == 0:
         return (sudo,)
-    return None
+    raise SetupError(
+        f"{purpose} needs system packages, and this account is neither root nor allowed to use sudo.\n"
+        "  Ask the administrator to run this line once, then run the same command again:\n"
+        f"    apt-get update && apt-get install -y --no-install-recommends {' '.join(packages)}"
+    )
 
 
 def install(packages: Sequence[str], log: Path, purpose: str) -> None:
     """Install the packages, no recommended ones; raises SetupError, with the administrator's line if it may not."""
-    line = f"apt-get update && apt-get install -y --no-install-recommends {' '.join(packages)}"
-    if not shutil.which("apt-get"):
-        raise SetupError(
-            f"{purpose} needs what Debian calls: {' '.join(packages)}\n  this system has no apt-get; install their like"
-        )
-    admin = as_administrator()
-    if admin is None:
-        raise SetupError(
-            f"{purpose} needs system packages, and this account is neither root nor allowed to use sudo.\n"
-            f"  Ask the administrator to run this once, then run the same command again:\n    {line}"
-        )
-    print(f"    apt-get install {' '.join(packages)}", flush=True)
-    environment = (*admin, "env", "DEBIAN_FRONTEND=noninteractive", "LC_ALL=C")
+    environment = (*administrator(packages, purpose), "env", "DEBIAN_FRONTEND=noninteractive", "LC_ALL=C")
     arguments = ("install", "-y", "-q", "--no-install-recommends", *packages)
+    print(f"    apt-get install {' '.join(packages)}", flush=True)
     try:
         run((*environment, *APT, *arguments), log)
     except SetupError:

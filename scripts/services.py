@@ -9,6 +9,7 @@ from pathlib import Path
 from scripts import debian
 from scripts.console import SetupError, fail
 
+PURPOSE = "testing against real services"
 # Debian package -> a program that shows that it, or the like of it, is there.
 SERVICES = {
     "slurmctld": "slurmctld",
@@ -51,15 +52,12 @@ def main() -> int:
         print(f"make services: all there ({', '.join(SERVICES)})")
         return 0
     try:
-        if os.geteuid() != 0:
-            admin = debian.as_administrator()
-            if admin is None:
-                debian.install(missing, Path(os.devnull), "testing against real services")
-            # The rest writes to /usr/sbin, so all of it runs as root.
-            os.execvp(admin[0], [*admin, sys.executable, "-m", "scripts.services"])  # type: ignore[index]
+        if admin := debian.administrator(missing, PURPOSE):
+            # All of the rest writes to the system, so all of it runs as root.
+            os.execvp(admin[0], [*admin, sys.executable, "-m", "scripts.services"])
         log = Path(tempfile.mkstemp(prefix="sbs-harness-services-", suffix=".log")[1])
         with debian.no_daemons_started():
-            debian.install(missing, log, "testing against real services")
+            debian.install(missing, log, PURPOSE)
         debian.keep_disabled([UNITS[package] for package in missing if package in UNITS])
     except SetupError as error:
         return fail("make services", error)

@@ -3,14 +3,17 @@
 set -eu
 cd "$(dirname "$0")/.."
 seen=""
-for candidate in ${PYTHON:-python3 python3.11 python3.12 python3.13}; do
+module="$1"
+if [ -n "${PYTHON:-}" ]; then set -- "$PYTHON"; else set -- python3 python3.11 python3.12 python3.13; fi
+tried="$*"
+for candidate in "$@"; do
     path=$(command -v "$candidate") || continue
     version=$("$path" -c 'import sys; print(sys.version.split()[0])' 2>/dev/null) || continue
     if "$path" -c 'import sys; raise SystemExit(sys.version_info < (3, 11))' 2>/dev/null; then
-        exec "$path" -m "$@"
+        exec "$path" -m "$module"
     fi
     seen="$seen $candidate is $version;"
 done
-echo "set-up: needs Python 3.11 or newer; ${seen:- none of ${PYTHON:-python3, python3.11, python3.12, python3.13} was found;}" >&2
+echo "set-up: needs Python 3.11 or newer;${seen:- not found: $tried}" >&2
 echo "        install one (Debian, Ubuntu: apt-get install python3 python3-venv python3-dev), or name it: make setup PYTHON=/path/to/python3.11" >&2
 exit 2

@@ -1,0 +1,171 @@
+"""`open_data`: batches of a data set folder, through FFCV or through torch and PIL, with the same content."""
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from harness.data.augment import Augment, Kind
+from harness.data.beton import Index
+from harness.data.manifest import Manifest, Split, open_checked
+from harness.data.pipeline import Backend, Pipeline
+from harness.errors import UserError
+
+
+class DataSettings(Protocol):
+    """The part of a recipe's [data] section that a loader looks at (`harness.config.DataConfig`)."""
+
+    @property
+    def dir(self) -> str: ...
+    @property
+    def backend(self) -> Literal["ffcv", "torch"]: ...
+    @property
+    def image_size(self) -> int: ...
+    @property
+    def eval_image_size(self) -> int | None: ...
+    @property
+    def eval_crop_share(self) -> float: ...
+    @property
+    def workers(self) -> int: ...
+    @property
+    def augment(self) -> Kind: ...
+    @property
+    def pad(self) -> int: ...
+
+
+def open_data(
+    data: DataSettings,
+    split: Split,
+    *,
+    batch_size: int,
+    seed: int,
+    rank: int = 0,
+    world: int = 1,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+) -> "Loader":
+    """Open one split for one rank; `batch_size` is per rank.
+
+    Files are checked against their manifests first. Nothing is read ahead before `epoch` is called.
+    Raises `UserError`: no such set, a damaged file, fewer training images than one global batch, no FFCV.
+    """
+    manifest, index = open_checked(Path(data.dir), split)
+    device = torch.device(device)
+    train = split == "train"
+    pipeline = Pipeline(
+        index=index,
+        train=train,
+        batch_size=batch_size,
+        seed=seed,
+        rank=rank,
+        world=world,
+        image_size=data.image_size if train else data.eval_image_size or data.image_size,
+        augment=Augment(data.augment, data.pad),
+        crop_share=data.eval_crop_share,
+        order_kind="random",
+        table=_table(manifest, device, dtype),
+        fill=np.rint(manifest.mean).astype(np.uint8),
+        threads=data.workers,
+    )
+    _check(pipeline)
+    return Loader(pipeline, manifest, _backend(data.backend, pipeline), device, dtype)
+
+
+def _backend(name: Literal["ffcv", "torch"], pipeline: Pipeline) -> Backend:
+    if name == "torch":
+        from harness.data.torch_backend import TorchBackend
+
+        return TorchBackend(pipeline)
+    from harness.data.ffcv_backend import FFCVBackend
+
+    backend: Backend = FFCVBackend(pipeline)
+    return backend
+
+
+def _table(manifest: Manifest, device: torch.device, dtype: torch.dtype) -> NDArray[Any]:
+    """(3, 256): byte to normalised number for each channel; bytes stay bytes where the device normalises."""
+    levels = np.arange(256, dtype=np.float64)
+    if device.type != "cpu":
+        return np.tile(levels.astype(np.uint8), (3, 1))
+    mean, std = np.asarray(manifest.mean)[:, None], np.asarray(manifest.std)[:, None]
+    table = torch.from_numpy((levels - mean) / std).to(dtype)
+    return (table if dtype == torch.float32 else table.view(torch.int16)).numpy()
+
+
+def _check(pipeline: Pipeline) -> None:
+    index, augment = pipeline.index, pipeline.augment.kind
+    if pipeline.train and len(pipeline) == 0:
+        raise UserError(
+            f"{index.path} has {len(index)} images, less than one batch of {pipeline.batch_size} on each of "
+            f"{pipeline.world} ranks: lower data.batch_size or run.workers"
+        )
+    if pipeline.train and augment in ("translate", "crop_flip"):
+        shape, size = index.common_shape(), pipeline.image_size
+        if shape != (size, size):
+            has = "images of different sizes" if shape is None else f"images of {shape[0]} x {shape[1]} pixels"
+            raise UserError(
+                f"data.augment = {augment!r} shifts images by whole pixels, so they must be of "
+                f"data.image_size = {size}, but {index.path} has {has}: take 'resized_crop_flip', or set data.image_size"
+            )
+
+
+class Loader:
+    """Batches of one rank. `num_samples` counts the whole split; `len()` is this rank's batches of an epoch."""
+
+    def __init__(
+        self, pipeline: Pipeline, manifest: Manifest, backend: Backend, device: torch.device, dtype: torch.dtype
+    ) -> None:
+        self.num_samples = manifest.num_samples
+        self.num_classes = len(manifest.classes)
+        self.classes = manifest.classes
+        self.stack = backend.name
+        self._pipeline, self._backend = pipeline, backend
+        self._device, self._dtype = device, dtype
+        self._copied = torch.cuda.Event() if device.type == "cuda" else None
+        scale = 1.0 / torch.tensor(manifest.std, device=device)
+        self._scale, self._shift = scale.to(dtype), (-torch.tensor(manifest.mean, device=device) * scale).to(dtype)
+
+    def __len__(self) -> int:
+        return len(self._pipeline)
+
+    def epoch(self, epoch: int, skip: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield (images, labels) of an epoch from batch number `skip` on.
+
+        images: (n, 3, size, size), channels_last, normalised, of the loader's type and device; labels: (n,) int64. On the
+        CPU both are views of buffers that are filled again once the next batch is asked for: clone what you keep.
+        """
+        order = self._pipeline.order(epoch)[skip * self._pipeline.batch_size :]
+        batches = self._backend.batches(epoch, order, self._pipeline.image_size)
+        try:
+            for images, labels in batches:
+                yield self._deliver(images), torch.from_numpy(labels).to(self._device)
+                if self._copied is not None:
+                    self._copied.synchronize()  # the pinned buffer is filled again once the next batch is asked for
+        finally:
+            batches.close()  # type: ignore[attr-defined]
+
+    def indices(self, epoch: int, batch: int) -> Sequence[int]:
+        """The samples of this rank's batch number `batch` of an epoch, as numbered in the file."""
+        size = self._pipeline.batch_size
+        return [int(sample) for sample in self._pipeline.order(epoch)[batch * size : (batch + 1) * size]]
+
+    def close(self) -> None:
+        """End the loader's threads and processes."""
+        self._backend.close()
+
+    def _deliver(self, images: NDArray[Any]) -> Tensor:
+        batch = torch.from_numpy(images)
+        if self._device.type == "cpu":
+            return (batch if self._dtype == torch.float32 else batch.view(self._dtype)).permute(0, 3, 1, 2)
+        batch = batch.to(self._device, non_blocking=True)
+        if self._copied is not None:
+            self._copied.record()
+        batch = batch.to(self._dtype)
+        return batch.mul_(self._scale).add_(self._shift).permute(0, 3, 1, 2)
+
+
+__all__ = ["DataSettings", "Index", "Loader", "open_data"]

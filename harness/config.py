@@ -112,6 +112,8 @@ class SearchConfig(TrainConfig):
 
     @model_validator(mode="after")
     def _pressure_is_set(self) -> Self:
+        if self.ema_decay is not None:
+            raise ValueError("`ema_decay` is for pretrain and finetune: the gates of a search decide on live weights")
         if self.lambda_ is None and uses_lambda(self.method):
             raise ValueError(f"`lambda` is missing: method {self.method!r} searches under its pressure (0 exerts none)")
         return self

@@ -10,6 +10,7 @@ result.json | error.json      how it ended
 import fcntl
 import json
 import os
+import threading
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -33,6 +34,7 @@ class RunDir:
         self.weights_path = self.path / "weights.pt"
         self.result_path = self.path / "result.json"
         self.error_path = self.path / "error.json"
+        self.progress_path = self.path / "progress.json"
         self.checkpoints = self.path / "checkpoints"
         self.stages = self.path / "stages"
         self._stop_path = self.path / "stop"
@@ -58,6 +60,12 @@ class RunDir:
         except FileNotFoundError:
             return []
         return parse_records(text)
+
+    def write_progress(self, progress: Mapping[str, Any]) -> None:
+        """Replace progress.json, from which bars are drawn; atomic, but not synced to disk: it is cheap talk."""
+        temporary = self.progress_path.with_suffix(".tmp")
+        temporary.write_text(json.dumps(progress), encoding="utf-8")
+        temporary.replace(self.progress_path)
 
     def request_stop(self) -> None:
         """Ask the processes that run this trial, wherever they are, to checkpoint and leave."""
@@ -104,18 +112,19 @@ class MetricsLog:
         self._run = run
         records = run.metrics()
         self.last_seq = records[-1]["seq"] if records else 0
+        self._lock = threading.Lock()
         _heal_torn_line(run.metrics_path)
 
     def append(
         self, kind: RecordKind, stage: str, epoch: int, step: int, metrics: Mapping[str, Any], **extra: Any
     ) -> int:
-        """Write one record durably enough to survive the death of this process; return its `seq`."""
-        self.last_seq += 1
-        record = {"seq": self.last_seq, "time": time.time(), "kind": kind, "stage": stage, "epoch": epoch, "step": step}
-        line = json.dumps(record | {"metrics": dict(metrics)} | extra, allow_nan=True) + "\n"
-        with self._run.metrics_path.open("a", encoding="utf-8") as file:
-            file.write(line)
-        return self.last_seq
+        """Write one record, so that it survives the death of this process; return its `seq`. Safe among threads."""
+        about = {"time": time.time(), "kind": kind, "stage": stage, "epoch": epoch, "step": step}
+        with self._lock, self._run.metrics_path.open("a", encoding="utf-8") as file:
+            record = {"seq": self.last_seq + 1} | about | {"metrics": dict(metrics)} | extra
+            file.write(json.dumps(record) + "\n")
+            self.last_seq += 1
+            return self.last_seq
 
     def truncate(self, covers: int) -> None:
         """Drop every record after `covers`: the run goes on from a checkpoint that does not know them."""

@@ -1,0 +1,62 @@
+"""The work of `python -m harness train`."""
+
+import logging
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from harness.config import Recipe, TrialSpec, load_recipe, trial_key, trial_label
+from harness.data import ensure
+from harness.run_dir import RunDir
+from harness.settings import DEFAULT_RUNS_DIR
+
+log = logging.getLogger(__name__)
+
+
+def train(recipe_name: str, overrides: Sequence[str], run_dir: Path | None, ray: bool) -> None:
+    """Train one recipe in this process, on torchrun's ranks, or with Ray Train; print where it ended."""
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    if not ray:
+        # The identity of a trial holds the number of ranks that it really has.
+        overrides = [*overrides, f"run.workers={os.environ.get('WORLD_SIZE', '1')}"]
+    spec = make_spec(load_recipe(recipe_name, overrides), run_dir)
+    RunDir(spec.run_dir).clear_stop()
+    if ray:
+        from harness.ray_worker import fit
+
+        result = fit(spec, inside_tune=False)
+    else:
+        from harness.stages import run
+
+        result = run(spec)
+    if os.environ.get("RANK", "0") == "0":
+        print(summary(result, spec.run_dir))
+
+
+def make_spec(recipe: Recipe, run_dir: Path | None = None) -> TrialSpec:
+    """The trial of a recipe, its data written if need be; stages are shared among the runs of one folder."""
+    checksum = ensure(recipe.data.source, recipe.data.dir)
+    key, label = trial_key(recipe, checksum), trial_label(recipe)
+    folder = run_dir or Path(DEFAULT_RUNS_DIR) / f"{label}-{key[:8]}"
+    return TrialSpec(
+        recipe=recipe,
+        key=key,
+        label=label,
+        run_dir=str(folder.absolute()),
+        stage_cache=str(folder.absolute().parent / "stages"),
+    )
+
+
+def summary(result: dict[str, Any], run_dir: str) -> str:
+    """The figures of a result in a few lines."""
+    seconds = ", ".join(f"{stage} {value:.1f} s" for stage, value in result["timings_s"].items())
+    return (
+        f"{result['label']}: top-1 {result['top1']:.2f}%, top-5 {result['top5']:.2f}%, loss {result['loss']:.4f}\n"
+        f"  {result['gbops']:.4f} GBOPs ({result['convention']}, all convolution and linear layers), "
+        f"{result['bop_reduction']:.1f}x fewer than at 32/32 bits\n"
+        f"  mean bits {result['mean_weight_bits']:.2f} weights / {result['mean_activation_bits']:.2f} activations, "
+        f"{100 * result['pruned_share']:.1f}% of channels pruned, {result['params']:,} parameters\n"
+        f"  {seconds}\n"
+        f"  {run_dir}"
+    )

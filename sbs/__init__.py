@@ -1,4 +1,4 @@
-"""Single-path Bit Sharing: joint pruning and quantisation in one search (Liu et al., IEEE TPAMI 2023), in plain PyTorch."""
+"""Single-path Bit Sharing: joint pruning and quantisation in one search (Liu et al., TPAMI 2023), in plain PyTorch."""
 
 from sbs import models
 from sbs.calibrate import calibrate

@@ -13,6 +13,7 @@ from sbs.supernet import SuperNet
 
 CLIP_QUANTILE = 0.999
 _TRIALS = 48
+Norm = nn.BatchNorm1d | nn.BatchNorm2d | nn.SyncBatchNorm
 
 
 @torch.no_grad()
@@ -65,7 +66,7 @@ def _observe(net: nn.Module, layers: list[QuantizedLayer], images: list[Tensor])
             layer.set_clip("activation", float(clip.clamp_min(1e-6)))
 
 
-def _estimate_norms(net: nn.Module, norms: list[nn.Module], images: list[Tensor]) -> None:
+def _estimate_norms(net: nn.Module, norms: list[Norm], images: list[Tensor]) -> None:
     """Running statistics of every batch norm as the plain average over the batches, quantisers on."""
     momenta = [m.momentum for m in norms]
     for m in norms:
@@ -101,7 +102,7 @@ def _weight_clip(layer: QuantizedLayer) -> Tensor:
 
 
 def _best_clip(values: Tensor, bits: int, signed: bool) -> Tensor:
-    """The clip with the least squared quantisation error of non-negative `values` (|x| where signed) on a `bits`-bit grid."""
+    """The clip with the least squared error of non-negative `values` (|x| where signed) on a `bits`-bit grid."""
     top = values.max().clamp_min(1e-6)
     if bits > 16:
         return top

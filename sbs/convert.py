@@ -45,9 +45,9 @@ def compress(
 ) -> nn.Module:
     """A plain network with the policy's bits, pruned channels physically removed; still trainable.
 
-    From a super-network the clips come along and the logits in evaluation are the same. From a float model the clips are
-    unset until `calibration` batches are given or a state dict is loaded. example_input: (N, C, H, W), by default of the
-    policy's input_shape. Raises SbsError for a policy of another network.
+    From a super-network the clips come along and the logits in evaluation are the same. From a float model the clips
+    are unset until `calibration` batches are given or a state dict is loaded. example_input: (N, C, H, W), by default
+    of the policy's input_shape. Raises SbsError for a policy of another network.
     """
     if isinstance(net_or_model, SuperNet):
         model, graph = net_or_model.model, net_or_model.graph
@@ -122,7 +122,7 @@ def _slice_layer(m: nn.Conv2d | nn.Linear, rows: Tensor | None, columns: Tensor 
             **options,  # type: ignore[arg-type]
         )
     else:
-        layer = nn.Linear(weight.shape[1], weight.shape[0], bias is not None, **options)  # type: ignore[arg-type]
+        layer = nn.Linear(weight.shape[1], weight.shape[0], bias is not None, **options)
     layer.weight = nn.Parameter(weight.clone())
     if bias is not None:
         layer.bias = nn.Parameter(bias.clone())

@@ -40,6 +40,7 @@ class LayerCost:
     bops: float
     params: int
     bytes: int
+    edge: bool
 
 
 @dataclass(frozen=True)
@@ -57,6 +58,29 @@ class CostReport:
     def gbops(self) -> float:
         """BOPs in units of 1e9."""
         return self.bops / 1e9
+
+    @property
+    def mean_weight_bits(self) -> float:
+        """MAC-weighted mean over the searched layers (all but the first and the last)."""
+        return self._mean_bits([layer.weight_bits for layer in self.layers])
+
+    @property
+    def mean_activation_bits(self) -> float:
+        """MAC-weighted mean over the searched layers (all but the first and the last)."""
+        return self._mean_bits([layer.activation_bits for layer in self.layers])
+
+    @property
+    def pruned_share(self) -> float:
+        """Share of output channels removed, over all layers but the classifier (whose outputs are the classes)."""
+        total = sum(layer.out_channels for layer in self.layers[:-1])
+        kept = sum(layer.kept_out for layer in self.layers[:-1])
+        return 1 - kept / total if total else 0.0
+
+    def _mean_bits(self, bits: list[int]) -> float:
+        macs = [0 if layer.edge else layer.macs for layer in self.layers]
+        if not any(macs):
+            macs = [layer.macs for layer in self.layers]
+        return sum(b * m for b, m in zip(bits, macs, strict=True)) / sum(macs)
 
 
 def check_convention(convention: str) -> str:
@@ -86,7 +110,7 @@ def cost(
     policy: "Policy | None" = None,
     convention: str = "mac_product",
 ) -> CostReport:
-    """Cost of a float model (under `policy`, else 32 x 32), of a super-network as it stands, or of a compressed network.
+    """Cost of a float model (under `policy`, else 32 x 32), a super-network as it stands, or a compressed network.
 
     input_shape: (C, H, W) of one image. Raises SbsError for an unknown convention or a policy of another network.
     """
@@ -110,7 +134,7 @@ def trace(net_or_model: nn.Module, input_shape: tuple[int, ...]) -> NetworkGraph
 
 @dataclass(frozen=True)
 class NormTensors:
-    """What the layers other than convolutions and linear layers hold: channels of each norm and its tensors per channel."""
+    """A norm or activation with parameters: its group, its channels, its parameters and buffers per channel."""
 
     group: int | None
     channels: int
@@ -179,4 +203,5 @@ def _layer_cost(graph: NetworkGraph, info: LayerInfo, policy: "Policy", conventi
         bops=layer_bops(macs, fan_in, choice.weight_bits, choice.activation_bits, convention),
         params=weights + biases,
         bytes=packed + FLOAT_BYTES * (biases + scales),
+        edge=info.edge,
     )

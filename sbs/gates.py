@@ -1,4 +1,4 @@
-"""Binary gates with learnable thresholds: H(statistic - threshold), and the sigmoid's slope backward (SBS, section 3.2).
+"""Binary gates with learnable thresholds: H(statistic - threshold), and the sigmoid's slope backward (SBS, 3.2).
 
 The statistics are buffers that decide the *next* step (ours): every rank sees the same numbers, and evaluation selects
 the same bits as training. A small hysteresis keeps a gate from flickering while its statistic is a noisy running mean.

@@ -1,4 +1,4 @@
-"""What the method needs to know of a network's graph: its layers, where channels are tied, where values can be negative.
+"""What the method needs to know of a network's graph: layers, tied channels, where values can be negative.
 
 The network is traced with torch.fx; nothing of it is changed. Channels that only reach convolutions and linear layers
 (through element-wise operations, pooling and flattening) form a prunable group; a depth-wise convolution joins the
@@ -9,6 +9,7 @@ import math
 import operator
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -25,7 +26,7 @@ _TRANSPARENT = (nn.Dropout, nn.Dropout2d, nn.Identity, nn.Flatten, *_POOLS)
 _MIXING = (nn.GroupNorm,)
 _NONNEGATIVE_CALLS = {torch.relu, F.relu, F.relu6, torch.sigmoid, F.sigmoid, "relu", "relu_", "sigmoid"}
 _SIGNED_CALLS = {F.leaky_relu, F.gelu, F.silu, F.hardswish, F.elu, torch.tanh, "tanh"}
-_POOL_CALLS = {F.max_pool2d, F.avg_pool2d, F.adaptive_avg_pool2d, F.adaptive_max_pool2d, F.boolean_dispatch}
+_POOL_CALLS = {F.max_pool2d, F.avg_pool2d, F.adaptive_avg_pool2d, F.adaptive_max_pool2d, "boolean_dispatch"}
 _RESHAPES = {torch.flatten, "flatten", "view", "reshape", "contiguous", torch.reshape}
 _TRANSPARENT_CALLS = {F.dropout, F.dropout2d, *_POOL_CALLS, *_RESHAPES}
 _ADDS = {operator.add, operator.iadd, torch.add, "add", "add_"}
@@ -186,7 +187,7 @@ class _Analysis:
         target = node.target
         # fx records max_pool2d as its boolean_dispatch wrapper, a closure of that name
         if callable(target) and getattr(target, "__qualname__", "").startswith("boolean_dispatch"):
-            return F.boolean_dispatch
+            return "boolean_dispatch"
         return target
 
     # -- signs and edges
@@ -215,7 +216,7 @@ class _Analysis:
     # -- channel groups
 
     def _follow(self, node: fx.Node, channels: int, found: "_Found", repeat: int = 1) -> None:
-        """Walk on from a tensor that carries `channels` (each `repeat` features wide); sets found.stays at a barrier."""
+        """Walk on from a tensor of `channels` (each `repeat` features wide); sets found.stays at a barrier."""
         for user in node.users:
             m, call = self._module(user), self._call(user)
             if isinstance(m, nn.Conv2d) and m.groups > 1:
@@ -229,9 +230,7 @@ class _Analysis:
             elif isinstance(m, NORMS):
                 found.norms.append((str(user.target), repeat))
                 self._follow(user, channels, found, repeat)
-            elif not self._keeps_channels(user):
-                found.stays = True
-            elif isinstance(m, nn.PReLU) and m.num_parameters > 1:
+            elif not self._keeps_channels(user) or (isinstance(m, nn.PReLU) and m.num_parameters > 1):
                 found.stays = True
             else:
                 shape = self._shape(user)
@@ -256,7 +255,7 @@ class _Analysis:
         member: dict[str, int] = {}
         for name, node in self.layer_nodes.items():
             m = self.modules[name]
-            channels = m.out_channels if isinstance(m, nn.Conv2d) else int(m.out_features)  # type: ignore[arg-type]
+            channels = m.out_channels if isinstance(m, nn.Conv2d) else int(m.out_features)
             if isinstance(m, nn.Conv2d) and m.groups > 1:
                 continue
             found = _Found()
@@ -318,7 +317,7 @@ def _check_conv(name: str, m: nn.Conv2d) -> None:
         raise SbsError(f"module {name!r} (Conv2d) has padding={m.padding!r}: give the number of pixels instead")
 
 
-def _sizes(m: nn.Module, shape: tuple[int, ...]) -> dict[str, object]:
+def _sizes(m: nn.Module, shape: tuple[int, ...]) -> dict[str, Any]:
     if isinstance(m, nn.Conv2d):
         depthwise = m.groups > 1 and m.groups == m.in_channels == m.out_channels
         kind = "depthwise" if depthwise else "grouped" if m.groups > 1 else "conv"

@@ -12,7 +12,7 @@ Conventions: n_b = 2**b - 1 steps; z in [0, 1] is the normalised value, the code
 import enum
 import warnings
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -27,137 +27,119 @@ class GateMode(enum.Enum):
     STATISTICS = "statistics"
 
 
-def _normalize(x: Tensor, shift: Tensor, scale: Tensor, signed: bool) -> tuple[Tensor, Tensor, Tensor]:
+class Operand(NamedTuple):
+    """What a kernel reads: x, a view in memory order; gate, (1, channels, 1) or None; the rest 0-dim."""
+
+    x: Tensor
+    gate: Tensor | None
+    shift: Tensor
+    scale: Tensor
+    levels: Tensor
+
+
+class Form(NamedTuple):
+    """The static part of a quantiser. grid: steps n_b of its candidate bit-widths, rising."""
+
+    signed: bool
+    mode: GateMode
+    grid: tuple[int, ...]
+
+
+def _normalize(x: Tensor, operand: Operand, signed: bool) -> tuple[Tensor, Tensor, Tensor]:
     """Clipped value (u or z), z in [0, 1], and the closed-interval indicator, all float32 or wider."""
     if signed:
-        raw = (x - shift) / scale
+        raw = (x - operand.shift) / operand.scale
         value = raw.clamp(-1, 1)
-        return value, (value + 1) * 0.5, (raw.abs() <= 1)
-    raw = x / scale
+        return value, (value + 1) * 0.5, raw.abs() <= 1
+    raw = x / operand.scale
     value = raw.clamp(0, 1)
     return value, value, (raw >= 0) & (raw <= 1)
 
 
-def _wide(x: Tensor) -> Tensor:
-    return x if x.dtype == torch.float64 else x.float()
+def _gated(operand: Operand, form: Form) -> Tensor:
+    x = operand.x if operand.x.dtype == torch.float64 else operand.x.float()
+    return x * operand.gate if form.mode is GateMode.BEFORE and operand.gate is not None else x
 
 
-def encode(
-    x: Tensor,
-    gate: Tensor | None,
-    shift: Tensor,
-    scale: Tensor,
-    levels: Tensor,
-    signed: bool,
-    mode: GateMode,
-    dtype: torch.dtype,
-) -> Tensor:
-    """Integer codes of `x` as `dtype`: k (unsigned) or 2k - n (signed), zero where a gate is closed."""
-    x = _wide(x)
-    if mode is GateMode.BEFORE and gate is not None:
-        x = x * gate
-    _, z, _ = _normalize(x, shift, scale, signed)
-    codes = torch.round(z * levels)
-    if signed:
-        codes = 2 * codes - levels
-    if mode is GateMode.AFTER and gate is not None:
-        codes = codes * gate
+def encode(operand: Operand, form: Form, dtype: torch.dtype) -> Tensor:
+    """Integer codes as `dtype`: k (unsigned) or 2k - n (signed), zero where a gate is closed."""
+    _, z, _ = _normalize(_gated(operand, form), operand, form.signed)
+    codes = torch.round(z * operand.levels)
+    if form.signed:
+        codes = 2 * codes - operand.levels
+    if form.mode is GateMode.AFTER and operand.gate is not None:
+        codes = codes * operand.gate
     return codes.to(dtype)
 
 
-def residual_sums(
-    x: Tensor, gate: Tensor | None, shift: Tensor, scale: Tensor, signed: bool, mode: GateMode, steps: tuple[int, ...]
-) -> Tensor:
-    """Sum of 12 * n**2 * (z - D_n(z))**2 for every n in `steps`: over its count, the gate statistic (ours: dimensionless)."""
-    x = _wide(x)
-    if mode is GateMode.BEFORE and gate is not None:
-        x = x * gate
-    _, z, _ = _normalize(x, shift, scale, signed)
+def residual_sums(operand: Operand, form: Form) -> Tensor:
+    """Sum of 12 * n**2 * (z - D_n(z))**2 for every n but the last; over the count it is the gates' statistic (ours)."""
+    _, z, _ = _normalize(_gated(operand, form), operand, form.signed)
     sums = []
-    for n in steps:
+    for n in form.grid[:-1]:
         scaled = z * n
         residual = scaled - torch.round(scaled)
         residual = residual * residual
-        if mode in (GateMode.AFTER, GateMode.STATISTICS) and gate is not None:
-            residual = residual * gate
+        if form.mode in (GateMode.AFTER, GateMode.STATISTICS) and operand.gate is not None:
+            residual = residual * operand.gate
         sums.append(residual.sum() * 12)
     return torch.stack(sums)
 
 
-def encode_with_sums(
-    x: Tensor,
-    gate: Tensor | None,
-    shift: Tensor,
-    scale: Tensor,
-    levels: Tensor,
-    signed: bool,
-    mode: GateMode,
-    dtype: torch.dtype,
-    steps: tuple[int, ...],
-) -> tuple[Tensor, Tensor]:
+def encode_with_sums(operand: Operand, form: Form, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """`encode` and `residual_sums` in one pass."""
-    codes = encode(x, gate, shift, scale, levels, signed, mode, dtype)
-    return codes, residual_sums(x, gate, shift, scale, signed, mode, steps)
+    return encode(operand, form, dtype), residual_sums(operand, form)
 
 
 def backward(
-    grad: Tensor,
-    grad_scale: Tensor,
-    x: Tensor,
-    gate: Tensor | None,
-    shift: Tensor,
-    scale: Tensor,
-    levels: Tensor,
-    bit_gates: Tensor,
-    signed: bool,
-    mode: GateMode,
-    grid: tuple[int, ...],
+    operand: Operand, form: Form, grad: Tensor, grad_scale: Tensor, bit_gates: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """Closed-form gradients (dx, dscale, dbit_gates, dgate) of a loss with dL/dvalue = grad * grad_scale.
+    """Closed-form gradients (dx, dscale, dbit_gates, dgate) of a loss with g = dL/dvalue = grad * grad_scale.
 
     dx = g * 1[inside]; dscale = <g, v_q - v * 1[inside]>, v the normalised value, v_q its quantised one;
     dbit_gates[j] = (dvalue/dz) * (product of lower gates) * <g, offset_j + gate_{j+1} * (offset_{j+1} + ...)>,
     where offset_j = D_{grid[j+1]}(z) - D_{grid[j]}(z). dgate, per channel, uses the value before the gate.
     """
-    before = _wide(x)
-    g = grad.to(before.dtype) * grad_scale
-    gated = mode is GateMode.BEFORE and gate is not None
-    v, z, inside = _normalize(before * gate if gated else before, shift, scale, signed)
-    quantized = torch.round(z * levels) / levels
-    v_q = 2 * quantized - 1 if signed else quantized
+    x, gate, scale = _gated(operand, form), operand.gate, operand.scale
+    g = grad.to(x.dtype) * grad_scale
+    v, z, inside = _normalize(x, operand, form.signed)
+    quantized = torch.round(z * operand.levels) / operand.levels
+    v_q = 2 * quantized - 1 if form.signed else quantized
     dgate = None
-    if mode is GateMode.AFTER and gate is not None:
+    if form.mode is GateMode.AFTER and gate is not None:
         dgate = (g * v_q * scale).sum(dim=(0, 2))
         g = g * gate
-    inside = inside.to(g.dtype)
     dx = g * inside
     dscale = (g * (v_q - v * inside)).sum()
-    dots, coarse = [], torch.round(z * grid[0]) / grid[0]
-    for n in grid[1:]:
+    dots: list[Tensor] = []
+    coarse = torch.round(z * form.grid[0]) / form.grid[0]
+    for n in form.grid[1:]:
         fine = torch.round(z * n) / n
         dots.append((g * (fine - coarse)).sum())
         coarse = fine
-    if gated:
-        dgate = (dx * before).sum(dim=(0, 2))
+    if form.mode is GateMode.BEFORE and gate is not None:
+        dgate = (dx * operand.x).sum(dim=(0, 2))
         dx = dx * gate
-    slope = 2 * scale if signed else scale
-    return dx.to(x.dtype), dscale, _chain(dots, bit_gates, slope), dgate
+    slope = 2 * scale if form.signed else scale
+    return dx.to(operand.x.dtype), dscale, _chain(dots, bit_gates, slope), dgate
 
 
 def _chain(dots: list[Tensor], gates: Tensor, slope: Tensor) -> Tensor:
-    """Gradients of the nested gated sum from the dot products of its offsets (Horner's scheme from the top)."""
+    """Gradients of the nested gated sum from the dot products of its offsets: Horner's scheme from the top."""
     if not dots:
         return torch.zeros_like(gates)
-    tails, tail = [], torch.zeros_like(dots[0])
+    tails: list[Tensor] = []
     for j in reversed(range(len(dots))):
-        following = gates[j + 1] * tail if j + 1 < len(dots) else torch.zeros_like(tail)
-        tail = dots[j] + following
-        tails.insert(0, tail)
+        tails.insert(0, dots[j] + gates[j + 1] * tails[0] if tails else dots[j])
     grads, product = [], slope
-    for j, value in enumerate(tails):
-        grads.append(product * value)
+    for j, tail in enumerate(tails):
+        grads.append(product * tail)
         product = product * gates[j]
     return torch.stack(grads).to(gates.dtype)
+
+
+# forms x types x devices: far more than any one run needs, so that none ends in the eager fallback
+_GRAPHS = 64
 
 
 class _Compiled:
@@ -174,10 +156,12 @@ class _Compiled:
         if not _Compiled.enabled or torch.compiler.is_compiling():
             return self.eager(*args)
         if self._compiled is None:
-            self._compiled = torch.compile(self.eager, dynamic=True, fullgraph=True)
+            self._compiled = torch.compile(
+                self.eager, dynamic=True, fullgraph=True, recompile_limit=_GRAPHS, isolate_recompiles=True
+            )
         try:
             return self._compiled(*args)
-        except Exception as error:  # noqa: BLE001  a broken tool chain raises many types, none of them the caller's fault
+        except Exception as error:  # a broken tool chain raises many types, none of them the caller's fault
             if "torch._" not in type(error).__module__:
                 raise
             _Compiled.enabled = False

@@ -5,11 +5,12 @@ step reach it through `context`, which the network sets before and clears after 
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from sbs.kernels import GateMode
+from sbs.kernels import Form, GateMode
 from sbs.quantizer import LINEAR, Affine, QuantizedAffine, Side, convolution
 from sbs.space import FULL_PRECISION_BITS, levels
 
@@ -43,12 +44,16 @@ class QuantSettings:
 class QuantizedLayer(nn.Module):
     """What QuantConv2d and QuantLinear share: clips, statistics of the weights, the call of the quantised map."""
 
-    weight: nn.Parameter
-    bias: nn.Parameter | None
+    weight: Any
+    bias: Any
     weight_clip: Tensor
     activation_clip: Tensor
     weight_clip_floor: Tensor
     activation_clip_floor: Tensor
+    _weight_levels: Tensor
+    _activation_levels: Tensor
+    _zero: Tensor
+    _no_gates: Tensor
 
     def setup(self, settings: QuantSettings) -> None:
         """Give a float layer its clips and its (empty) bookkeeping."""
@@ -58,20 +63,20 @@ class QuantizedLayer(nn.Module):
         self.kept_in: Tensor | None = None
         self.pending_activation: tuple[Tensor, Tensor] | None = None
         self.observed: list[Tensor] | None = None
-        options = {"dtype": self.weight.dtype, "device": self.weight.device}
+        like = self.weight.detach()
         for side, bits in (("weight", settings.weight_bits), ("activation", settings.activation_bits)):
             quantized = bits != (FULL_PRECISION_BITS,)
-            clip = torch.ones((), **options)
+            clip = like.new_ones(())
             # the image's clip is calibrated and stays: learning it would cost a gradient of the whole input
             if quantized and not (side == "activation" and settings.image):
                 self.register_parameter(f"{side}_clip", nn.Parameter(clip))
             else:
                 self.register_buffer(f"{side}_clip", clip)
-            self.register_buffer(f"{side}_clip_floor", torch.zeros((), **options))
+            self.register_buffer(f"{side}_clip_floor", like.new_zeros(()))
             top = float(levels(bits[-1])) if quantized else 1.0
-            self.register_buffer(f"_{side}_levels", torch.tensor(top, **options), persistent=False)
-        self.register_buffer("_zero", torch.zeros((), **options), persistent=False)
-        self.register_buffer("_no_gates", torch.ones(0, **options), persistent=False)
+            self.register_buffer(f"_{side}_levels", like.new_tensor(top), persistent=False)
+        self.register_buffer("_zero", like.new_zeros(()), persistent=False)
+        self.register_buffer("_no_gates", like.new_ones(0), persistent=False)
 
     @property
     def quantizes_weight(self) -> bool:
@@ -92,14 +97,14 @@ class QuantizedLayer(nn.Module):
 
     def kept_weight(self) -> Tensor:
         """The weight's kept rows and columns, contiguous: what the compressed layer will hold."""
-        w = self.weight
+        w: Tensor = self.weight
         if self.kept_out is not None:
             w = w.index_select(0, self.kept_out)
         if self.kept_in is not None:
             w = w.index_select(1, self.kept_in)
         return w.contiguous()
 
-    def _weight_side(self) -> tuple[Side, Tensor]:
+    def weight_side(self) -> tuple[Side, Tensor]:
         """The weight's side and its scale v_w * std, statistics detached and over the kept weights alone."""
         c = self.context
         with torch.no_grad():
@@ -107,14 +112,14 @@ class QuantizedLayer(nn.Module):
             std = var.sqrt().clamp_min(_MIN_STD)
         grid = tuple(levels(b) for b in self.settings.weight_bits)
         selected = self._weight_levels if c.weight_levels is None else c.weight_levels
-        return Side(grid, selected, mean, signed=True), self.weight_clip * std
+        return Side(Form(True, GateMode.NONE, grid), selected, mean), self.weight_clip * std
 
     def _activation_side(self) -> Side:
         c, s = self.context, self.settings
         grid = tuple(levels(b) for b in s.activation_bits)
         selected = self._activation_levels if c.activation_levels is None else c.activation_levels
         mode = s.gate_mode if c.channel_gate is not None else GateMode.NONE
-        return Side(grid, selected, self._zero, s.signed, mode, collect=c.collect and len(grid) > 1)
+        return Side(Form(s.signed, mode, grid), selected, self._zero, collect=c.collect and len(grid) > 1)
 
     def apply_quantized(self, x: Tensor, affine: Affine) -> Tensor:
         """The layer's output for input `x`, bias included; leaves the residual sums in `pending_activation`."""
@@ -137,14 +142,14 @@ class QuantizedLayer(nn.Module):
     def _quantized(self, x: Tensor, affine: Affine, gate: Tensor | None) -> Tensor:
         c = self.context
         x_side = self._activation_side() if self.quantizes_activation else None
-        w_side, w_scale = self._weight_side() if self.quantizes_weight else (None, self._zero)
+        w_side, w_scale = self.weight_side() if self.quantizes_weight else (None, self._zero)
         x_gates = self._no_gates if c.activation_gates is None else c.activation_gates
         w_gates = self._no_gates if c.weight_gates is None else c.weight_gates
         y, sums = QuantizedAffine.apply(
             x, self.weight, self.activation_clip, w_scale, x_gates, w_gates, gate, affine, x_side, w_side
         )
         if sums is not None:
-            self._collect(x, sums, gate if x_side is not None and x_side.mode is not GateMode.NONE else None)
+            self._collect(x, sums, gate if x_side is not None and x_side.form.mode is not GateMode.NONE else None)
         output: Tensor = y
         return output
 
@@ -221,7 +226,7 @@ def _adopt(layer: QuantConv2d | QuantLinear, m: nn.Conv2d | nn.Linear, settings:
 
 
 def _sample(x: Tensor, signed: bool, limit: int = 65536) -> Tensor:
-    """An evenly spaced sample of |x| (signed) or max(x, 0), at most `limit` values: torch.quantile takes no more than 2**24."""
+    """An evenly spaced sample of |x| (signed) or max(x, 0): torch.quantile takes no more than 2**24 values."""
     flat = x.detach().reshape(-1)
     flat = flat[:: max(1, flat.numel() // limit)].float()
     return flat.abs() if signed else flat.clamp_min(0)

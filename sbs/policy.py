@@ -1,7 +1,8 @@
 """A policy: bits and kept channels of every layer, as a versioned JSON document.
 
 Written by hand it may be short: every layer's name, weight_bits and activation_bits; `kept`, a list of output channels,
-only where channels go. Layers that the graph ties to a pruned one (depth-wise followers, consumers) follow by themselves.
+only where channels go. Layers that the graph ties to a pruned one (depth-wise followers, consumers) follow by
+themselves.
 """
 
 import json
@@ -82,7 +83,8 @@ class Policy:
             bits = getattr(choice, key)
             if bits != FULL_PRECISION_BITS and not 1 <= bits <= MAX_QUANTIZED_BITS:
                 raise SbsError(
-                    f"policy, layer {info.name!r}: {key}={bits}; use 1 to {MAX_QUANTIZED_BITS}, or {FULL_PRECISION_BITS}"
+                    f"policy, layer {info.name!r}: {key}={bits}; "
+                    f"use 1 to {MAX_QUANTIZED_BITS}, or {FULL_PRECISION_BITS}"
                 )
         if choice.kept is None:
             return
@@ -122,7 +124,8 @@ class Policy:
             raise SbsError(f'{where}: not a policy; the document starts with "format": "{FORMAT}"')
         if document.get("version") != VERSION:
             raise SbsError(
-                f"{where}: policy version {document.get('version')!r} is not known; this release reads version {VERSION}"
+                f"{where}: policy version {document.get('version')!r} is not known; "
+                f"this release reads version {VERSION}"
             )
         try:
             layers = tuple(_layer_from_json(entry) for entry in document["layers"])
@@ -151,7 +154,7 @@ class Policy:
 def _layer_from_json(entry: dict[str, Any]) -> LayerPolicy:
     unknown = set(entry) - {"name", "weight_bits", "activation_bits", "kept"}
     if unknown:
-        raise ValueError(f"layer {entry.get('name')!r}: unknown key {sorted(unknown)[0]!r}")
+        raise ValueError(f"layer {entry.get('name')!r}: unknown key {min(unknown)!r}")
     kept = entry.get("kept")
     for key in ("weight_bits", "activation_bits"):
         if isinstance(entry[key], bool) or not isinstance(entry[key], int):

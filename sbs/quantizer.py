@@ -5,15 +5,16 @@ evaluation and the compressed network agree bit for bit while partial sums stay 
 kept for the backward pass, where the codes are computed again.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from sbs import kernels
-from sbs.kernels import GateMode
+from sbs.kernels import Form, GateMode, Operand
 
 # float16 sums of 255 * 255 overflow: there codes are scaled by a power of two, which is exact
 _HALF_SHRINK = 2.0**-8
@@ -54,26 +55,39 @@ LINEAR = Affine(lambda x, w: x @ w.t(), _linear_backward)
 class Side:
     """How one operand is quantised in one call; everything but the two learnable inputs (scale, bit gates).
 
-    grid: steps 2**b - 1 of the candidate bit-widths. levels: the selected one, 0-dim. shift: 0-dim, signed only.
+    levels: the selected 2**b - 1, 0-dim. shift: 0-dim, used where the form is signed.
     collect: whether residual sums are wanted.
     """
 
-    grid: tuple[int, ...]
+    form: Form
     levels: Tensor
     shift: Tensor
-    signed: bool
-    mode: GateMode = GateMode.NONE
     collect: bool = False
+
+    def operand(self, x: Tensor, scale: Tensor, gate: Tensor | None) -> tuple[Operand, Form]:
+        """The kernel's arguments for a dense `x`; the gate (C,) is left out where the form has no use for it."""
+        # the kernels are compiled for what they read: requires_grad would only multiply the graphs
+        x, scale = x.detach(), scale.detach()
+        if gate is None or self.form.mode is GateMode.NONE:
+            return Operand(memory_view(x, False), None, self.shift, scale, self.levels), self._ungated()
+        return Operand(memory_view(x, True), gate.detach().view(1, -1, 1), self.shift, scale, self.levels), self.form
+
+    def _ungated(self) -> Form:
+        return self.form._replace(mode=GateMode.NONE)
 
 
 def memory_view(x: Tensor, channels: bool) -> Tensor:
-    """View of a dense tensor in memory order: flat, or (outer, channels, inner) where channel gates need it."""
-    if x.is_contiguous():
-        if not channels:
-            return x.view(-1)
-        return x.view(x.shape[0], x.shape[1], -1)
-    x = x.permute(0, 2, 3, 1)
-    return x.reshape(-1, x.shape[-1], 1) if channels else x.reshape(-1)
+    """A dense tensor's memory in order: flat, or (outer, channels, inner) where channel gates need it.
+
+    Not a view but an alias of the same storage: the compiler would otherwise make a graph for every shape of the base.
+    """
+    shape: tuple[int, ...] = (x.numel(),)
+    if channels and x.is_contiguous():
+        shape = (x.shape[0], x.shape[1], x[0, 0].numel())
+    elif channels:
+        shape = (x.numel() // x.shape[1], x.shape[1], 1)
+    stride = [math.prod(shape[i + 1 :]) for i in range(len(shape))]
+    return x.new_empty(0).set_(x.untyped_storage(), x.storage_offset(), shape, stride)
 
 
 def _restore(view: Tensor, like: Tensor) -> Tensor:
@@ -104,30 +118,36 @@ def _compute_dtype(x: Tensor, sides: list[Side | None]) -> torch.dtype:
     if not torch.is_autocast_enabled(kind):
         return torch.float32 if any(sides) else x.dtype
     dtype = torch.get_autocast_dtype(kind)
-    exact = all(side is None or max(side.grid) < _EXACT_BF16_LEVELS for side in sides)
+    exact = all(side is None or side.form.grid[-1] < _EXACT_BF16_LEVELS for side in sides)
     return dtype if exact else torch.float32
 
 
 def _encode(
-    x: Tensor, side: Side | None, scale: Tensor, gate: Tensor | None, dtype: torch.dtype, collect: bool
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """(codes, unit, residual sums): value = unit * codes. Without a side the values are their own codes."""
+    x: Tensor, side: Side | None, scale: Tensor, gate: Tensor | None, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """(codes, unit): value = unit * codes. Without a side the values are their own codes."""
     if side is None:
-        return x.to(dtype), torch.ones_like(scale), None
-    gated = gate is not None and side.mode is not GateMode.NONE
-    view = memory_view(x, gated)
-    column = gate.view(1, -1, 1) if gated and gate is not None else None
-    arguments = (view, column, side.shift, scale, side.levels, side.signed, side.mode, dtype)
-    sums = None
-    if collect:
-        codes, sums = kernels.compiled_encode_with_sums(*arguments, side.grid[:-1])
-    else:
-        codes = kernels.compiled_encode(*arguments)
-    unit = scale / side.levels
-    if dtype == torch.float16:
-        codes = codes * _HALF_SHRINK
-        unit = unit / _HALF_SHRINK
-    return _restore(codes, x), unit, sums
+        return x.to(dtype), torch.ones_like(scale)
+    # statistics are not wanted here, and their gate changes no code
+    gate = None if side.form.mode is GateMode.STATISTICS else gate
+    operand, form = side.operand(x, scale, gate)
+    return _finish(kernels.compiled_encode(operand, form, dtype), x, operand)
+
+
+def _encode_with_sums(
+    x: Tensor, side: Side, scale: Tensor, gate: Tensor | None, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`_encode`, and the residual sums (K - 1,)."""
+    operand, form = side.operand(x, scale, gate)
+    codes, sums = kernels.compiled_encode_with_sums(operand, form, dtype)
+    return *_finish(codes, x, operand), sums
+
+
+def _finish(codes: Tensor, x: Tensor, operand: Operand) -> tuple[Tensor, Tensor]:
+    unit = operand.scale / operand.levels
+    if codes.dtype == torch.float16:
+        codes, unit = codes * _HALF_SHRINK, unit / _HALF_SHRINK
+    return _restore(codes, x), unit
 
 
 class QuantizedAffine(torch.autograd.Function):
@@ -153,9 +173,12 @@ class QuantizedAffine(torch.autograd.Function):
         """x (N, C, ...), w (O, I, ...) -> y (N, O, ...), sums (K - 1,) or None."""
         x, w = _dense(x), _dense(w)
         dtype = _compute_dtype(x, [x_side, w_side])
-        collect = x_side is not None and x_side.collect
-        x_codes, x_unit, sums = _encode(x, x_side, x_scale, channel_gate, dtype, collect)
-        w_codes, w_unit, _ = _encode(w, w_side, w_scale, None, dtype, False)
+        sums = None
+        if x_side is not None and x_side.collect:
+            x_codes, x_unit, sums = _encode_with_sums(x, x_side, x_scale, channel_gate, dtype)
+        else:
+            x_codes, x_unit = _encode(x, x_side, x_scale, channel_gate, dtype)
+        w_codes, w_unit = _encode(w, w_side, w_scale, None, dtype)
         with torch.autocast(x.device.type, enabled=False):
             y = affine.forward(x_codes, w_codes)
         y.mul_(x_unit * w_unit)
@@ -170,45 +193,39 @@ class QuantizedAffine(torch.autograd.Function):
         """Gradients of x, w, the scales, the bit gates and the channel gate."""
         x, w, x_scale, w_scale, x_gates, w_gates, channel_gate, w_codes, x_unit, w_unit = ctx.saved_tensors
         affine, x_side, w_side, dtype = ctx.statics
-        x_codes, _, _ = _encode(x, x_side, x_scale, channel_gate, dtype, False)
+        x_codes, _ = _encode(x, x_side, x_scale, channel_gate, dtype)
         need = ctx.needs_input_grad
         x_needed = need[0] or need[2] or need[4] or need[6]
         w_needed = need[1] or need[3] or need[5]
         with torch.autocast(x.device.type, enabled=False):
             dx_codes, dw_codes = affine.backward(grads[0].to(dtype), x_codes, w_codes, [x_needed, w_needed])
         del x_codes
-        dx, dx_scale, dx_gates, dgate = _backward(dx_codes, w_unit, x, x_side, x_scale, x_gates, channel_gate)
-        dw, dw_scale, dw_gates, _ = _backward(dw_codes, x_unit, w, w_side, w_scale, w_gates, None)
+        dx, dx_scale, dx_gates, dgate = _backward(dx_codes, w_unit, _Input(x, x_side, x_scale, x_gates, channel_gate))
+        dw, dw_scale, dw_gates, _ = _backward(dw_codes, x_unit, _Input(w, w_side, w_scale, w_gates, None))
         return dx, dw, dx_scale, dw_scale, dx_gates, dw_gates, dgate, None, None, None
 
 
+class _Input(NamedTuple):
+    """One operand of the map as the backward pass needs it."""
+
+    x: Tensor
+    side: Side | None
+    scale: Tensor
+    bit_gates: Tensor
+    channel_gate: Tensor | None
+
+
 def _backward(
-    grad: Tensor | None,
-    grad_scale: Tensor,
-    x: Tensor,
-    side: Side | None,
-    scale: Tensor,
-    bit_gates: Tensor,
-    channel_gate: Tensor | None,
+    grad: Tensor | None, grad_scale: Tensor, given: _Input
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    """Gradients of (x, scale, bit gates, channel gate) from the gradient of its codes."""
     if grad is None:
         return None, None, None, None
+    x, side = given.x, given.side
     if side is None:
         return (grad * grad_scale).to(x.dtype), None, None, None
-    gated = channel_gate is not None and side.mode in (GateMode.BEFORE, GateMode.AFTER)
-    mode = side.mode if gated else GateMode.NONE
-    column = channel_gate.view(1, -1, 1) if gated and channel_gate is not None else None
-    dx, dscale, dgates, dgate = kernels.compiled_backward(
-        memory_view(_like(grad, x), gated),
-        grad_scale,
-        memory_view(x, gated),
-        column,
-        side.shift,
-        scale,
-        side.levels,
-        bit_gates,
-        side.signed,
-        mode,
-        side.grid,
-    )
-    return _restore(dx, x), dscale.to(scale.dtype), dgates, dgate
+    gate = None if side.form.mode is GateMode.STATISTICS else given.channel_gate
+    operand, form = side.operand(x, given.scale, gate)
+    grad = memory_view(_like(grad, x), operand.gate is not None)
+    dx, dscale, dgates, dgate = kernels.compiled_backward(operand, form, grad, grad_scale, given.bit_gates.detach())
+    return _restore(dx, x), dscale.to(given.scale.dtype), dgates, dgate

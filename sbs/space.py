@@ -4,6 +4,7 @@ A set of bit-widths b_1 < ... < b_K is valid when every step s_{b} = 1 / (2**b -
 next one, so that each grid contains the coarser ones and the bits can be shared (SBS, section 3.1).
 """
 
+import itertools
 from dataclasses import dataclass
 
 from sbs.errors import SbsError
@@ -32,7 +33,7 @@ def check_bits(bits: tuple[int, ...], name: str) -> tuple[int, ...]:
                 f"{name}={bits}: {b!r} is not a bit-width; use integers from 1 to {MAX_QUANTIZED_BITS}, "
                 f"or ({FULL_PRECISION_BITS},) alone for full precision"
             )
-    for low, high in zip(bits, bits[1:], strict=False):
+    for low, high in itertools.pairwise(bits):
         if low >= high:
             raise SbsError(f"{name}={bits}: {low} does not come before {high}; list the bit-widths in rising order")
         if levels(high) % levels(low):

@@ -13,7 +13,6 @@ from sbs.gates import MOMENTUM, GateBank, decide, selected
 from sbs.graph import NetworkGraph, analyze
 from sbs.kernels import GateMode, compiled_residual_sums
 from sbs.layers import LayerContext, QuantConv2d, QuantizedLayer, QuantLinear, QuantSettings, from_float
-from sbs.quantizer import memory_view
 from sbs.space import SearchSpace, levels
 
 # r is at most half a coarse step: r**2 / (s**2 / 12) <= 3
@@ -166,7 +165,7 @@ class SuperNet(nn.Module):
         bank = self.weight_gates
         if bank.thresholds.numel() == 0:
             return
-        rows = [weight_statistic(layer, self.space.weight_bits) for layer in self._searched_layers()]
+        rows = [weight_statistic(layer) for layer in self._searched_layers()]
         bank.statistic.copy_(torch.stack(rows))
 
     @torch.no_grad()
@@ -252,12 +251,11 @@ def clamp_clips(model: nn.Module) -> None:
         torch._foreach_maximum_(clips, floors)
 
 
-def weight_statistic(layer: QuantizedLayer, bits: tuple[int, ...]) -> Tensor:
+def weight_statistic(layer: QuantizedLayer) -> Tensor:
     """mean(r**2) / (s**2 / 12) over the kept weights for every bit step: (K - 1,)."""
     kept = layer.kept_weight().detach()
-    side, scale = layer._weight_side()
-    steps = tuple(levels(b) for b in bits[:-1])
-    sums: Tensor = compiled_residual_sums(memory_view(kept, False), None, side.shift, scale, True, GateMode.NONE, steps)
+    side, scale = layer.weight_side()
+    sums: Tensor = compiled_residual_sums(*side.operand(kept, scale, None))
     return sums / kept.numel()
 
 

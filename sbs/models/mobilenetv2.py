@@ -1,4 +1,4 @@
-"""MobileNetV2 1.0 (Sandler et al., 2018): torchvision's parameter names for ImageNet, and a variant for 32x32 images."""
+"""MobileNetV2 1.0 (Sandler et al., 2018): torchvision's parameter names; and a variant for 32x32 images."""
 
 from collections.abc import Callable
 

@@ -1,0 +1,119 @@
+"""The Ray cluster of a sweep: the one that RAY_ADDRESS names, or a private one on this machine while it lasts."""
+
+import os
+import secrets
+import shutil
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from harness.errors import UserError
+from sweeps.resources import Node
+
+# How Train and Tune behave, on any cluster. A worker group may start slowly on a busy machine: with the default of 60 s
+# Train would start over for ever.
+SETTINGS = {
+    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "300",
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
+    "RAY_TRAIN_METRICS_ENABLED": "0",
+    "RAY_CHDIR_TO_TRIAL_DIR": "0",
+}
+# Only where the cluster is this machine: nothing here is pre-empted node by node, and polling costs no network.
+LOCAL_SETTINGS = {
+    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",
+    "RAY_USAGE_STATS_ENABLED": "0",
+}
+# For the driver alone: our own progress and signals instead of Tune's.
+DRIVER_SETTINGS = {
+    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
+    "TUNE_DISABLE_SIGINT_HANDLER": "1",
+    "RAY_AIR_NEW_OUTPUT": "0",
+    "TUNE_WARN_THRESHOLD_S": "10",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+}
+LONGEST_TEMP = 40
+"""Characters of the temporary folder beyond which Ray's socket paths would exceed the system's limit of 107 bytes."""
+_TOKEN = secrets.token_hex(32)
+"""One for the life of this process, since Ray reads it once."""
+
+
+def local_nodes(*, gpus: bool) -> list[Node]:
+    """This machine as the only node: the CPUs that this process may use, and its GPUs if a trial wants any."""
+    count = 0
+    if gpus:
+        import torch
+
+        count = torch.cuda.device_count()
+    return [Node(float(len(os.sched_getaffinity(0))), float(count))]
+
+
+def uses_existing_cluster() -> bool:
+    """Whether RAY_ADDRESS names a cluster to join."""
+    return bool(os.environ.get("RAY_ADDRESS"))
+
+
+@contextmanager
+def joined(nodes: Sequence[Node] | None) -> Iterator[list[Node]]:
+    """Be connected to Ray while inside; the nodes that there are. Stops what it started, also after an error.
+
+    A private cluster listens on the loopback interface, asks for a token that only this user can read, and lives in a
+    folder of mode 700; `nodes` says what it offers (None: `local_nodes`). Raises `UserError` if the named cluster
+    cannot be joined.
+    """
+    settings = DRIVER_SETTINGS | SETTINGS | ({} if uses_existing_cluster() else LOCAL_SETTINGS)
+    for name, value in settings.items():
+        os.environ.setdefault(name, value)
+    if uses_existing_cluster():
+        yield from _existing()
+    else:
+        yield from _private((nodes or local_nodes(gpus=True))[0])
+
+
+def _existing() -> Iterator[list[Node]]:
+    import ray
+
+    address = os.environ["RAY_ADDRESS"]
+    try:
+        ray.init(address=address, log_to_driver=False, logging_level="ERROR", runtime_env={"env_vars": SETTINGS})
+    except (ConnectionError, RuntimeError, ValueError) as error:
+        raise UserError(f"cannot join the Ray cluster at RAY_ADDRESS={address}: {error}") from None
+    try:
+        alive = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+        yield [Node(found.get("CPU", 0.0), found.get("GPU", 0.0)) for found in alive]
+    finally:
+        ray.shutdown()
+
+
+def _private(node: Node) -> Iterator[list[Node]]:
+    base = tempfile.gettempdir()
+    folder = Path(tempfile.mkdtemp(prefix="sbs-", dir=base if len(base) <= LONGEST_TEMP else "/tmp"))
+    mine = "RAY_AUTH_MODE" not in os.environ
+    if mine:  # read when ray is first imported
+        token = folder / "token"
+        token.touch(mode=0o600)
+        token.write_text(_TOKEN, encoding="ascii")
+        os.environ.update({"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token)})
+    try:
+        import ray
+
+        ray.init(
+            address="local",
+            num_cpus=int(node.cpus),
+            num_gpus=int(node.gpus),
+            include_dashboard=False,
+            log_to_driver=False,
+            logging_level="ERROR",
+            _node_ip_address="127.0.0.1",
+            _temp_dir=str(folder),
+        )
+        try:
+            yield [node]
+        finally:
+            ray.shutdown()
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+        if mine:
+            for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN_PATH"):
+                os.environ.pop(name, None)

@@ -1,0 +1,109 @@
+"""From a space to its trials: every point as a validated recipe with an identity, a folder and a place in the order."""
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from harness.config import Recipe, TrialSpec, trial_key, trial_label, uses_lambda
+from harness.run_dir import RunDir
+from sweeps.space import Point, Space, recipe_at
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The trials of a sweep in two waves: full-precision networks, then everything that starts from their weights."""
+
+    first: tuple[TrialSpec, ...]
+    rest: tuple[TrialSpec, ...]
+
+    @property
+    def trials(self) -> tuple[TrialSpec, ...]:
+        """Both waves."""
+        return self.first + self.rest
+
+
+@dataclass(frozen=True)
+class Planner:
+    """Makes trials for recipes of one sweep: same recipe, same data, same trial."""
+
+    space: Space
+    base: Recipe
+    folder: Path
+    checksum: str
+
+    def plan(self) -> Plan:
+        """All trials that are known beforehand. Raises `UserError` for a point that is not a valid recipe."""
+        return self.of_points(self.space.points())
+
+    def of_points(self, points: Iterable[Point]) -> Plan:
+        """Trials for these points, with every method and seed, each identity once."""
+        first: dict[str, TrialSpec] = {}
+        rest: dict[str, TrialSpec] = {}
+        for recipe, point in self._recipes(points):
+            full = self.full_precision(recipe)
+            first.setdefault(full.key, full)
+            if recipe.search.method != "full_precision":
+                spec = self._spec(recipe, point, init=str(RunDir(full.run_dir).weights_path))
+                rest.setdefault(spec.key, spec)
+        return Plan(tuple(first.values()), tuple(rest.values()))
+
+    def full_precision(self, recipe: Recipe) -> TrialSpec:
+        """The trial whose weights a trial of `recipe` starts from."""
+        search = recipe.search.model_copy(update={"method": "full_precision", "lambda_": None})
+        return self._spec(recipe.model_copy(update={"search": search}), {}, init=None)
+
+    def _recipes(self, points: Iterable[Point]) -> Iterator[tuple[Recipe, Point]]:
+        for point in points:
+            for method in self.space.methods:
+                for seed in self.space.seeds:
+                    recipe = recipe_at(self.base, self.space, point, method=method, seed=seed)
+                    if not uses_lambda(method):
+                        search = recipe.search.model_copy(update={"lambda_": None})
+                        recipe = recipe.model_copy(update={"search": search})
+                    yield recipe, point
+
+    def _spec(self, recipe: Recipe, point: Point, *, init: str | None) -> TrialSpec:
+        recipe = with_absolute_paths(recipe)
+        key = trial_key(recipe, self.checksum)
+        label = trial_label(recipe) + _suffix(point)
+        return TrialSpec(recipe=recipe, key=key, label=label, run_dir=str(self._run_dir(key, label)), init=init)
+
+    def _run_dir(self, key: str, label: str) -> Path:
+        """The trial's folder: the one it had before, whatever its label was then, or a new one."""
+        before = sorted((self.folder / "trials").glob(f"*-{key[:8]}"))
+        return before[0] if before else (self.folder / "trials" / f"{label}-{key[:8]}").resolve()
+
+
+def with_absolute_paths(recipe: Recipe) -> Recipe:
+    """The same recipe for processes that start in other folders."""
+    data = recipe.data.model_copy(update={"dir": str(Path(recipe.data.dir).resolve())})
+    model = recipe.model
+    if model.weights is not None:
+        model = model.model_copy(update={"weights": str(Path(model.weights).resolve())})
+    return recipe.model_copy(update={"data": data, "model": model})
+
+
+def finished(specs: Iterable[TrialSpec]) -> list[TrialSpec]:
+    """Those that have a result."""
+    return [spec for spec in specs if RunDir(spec.run_dir).result_path.is_file()]
+
+
+def unfinished(specs: Iterable[TrialSpec]) -> list[TrialSpec]:
+    """Those that have none yet."""
+    return [spec for spec in specs if not RunDir(spec.run_dir).result_path.is_file()]
+
+
+def _suffix(point: Mapping[str, Any]) -> str:
+    """What the label has to add so that people can tell points apart: axes other than lambda and the model."""
+    named = {"search.lambda", "model.name", "model.num_classes"}
+    parts = [f"{key.rpartition('.')[2]}{_compact(value)}" for key, value in point.items() if key not in named]
+    return "".join(f"-{part}" for part in parts)
+
+
+def _compact(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:g}"
+    if isinstance(value, (list, tuple)):
+        return "_".join(_compact(part) for part in value)
+    return "".join(letter if letter.isalnum() or letter in "._+-" else "_" for letter in str(value))

@@ -112,17 +112,13 @@ def require_space(gib: float, what: str) -> None:
 def make_venv(log: Path) -> None:
     """A usable `.venv`, made anew where an interrupted run or a move left a broken one."""
     usable = PYTHON.is_file() and subprocess.run([*PIP, "--version"], capture_output=True, check=False).returncode == 0
-    same = (
-        usable
-        and subprocess.run(
-            [str(PYTHON), "-c", "import sys; print(sys.version, sys.prefix, sep='|')"],
-            capture_output=True,
-            text=True,
-            check=False,
-        ).stdout.strip()
-        == f"{sys.version}|{VENV}"
-    )
-    if not same:
+    if usable:
+        ask = [str(PYTHON), "-c", "import sys; print(sys.version)"]
+        same_python = subprocess.run(ask, capture_output=True, text=True, check=False).stdout.strip() == sys.version
+        # Scripts name the folder they were installed in, so a moved environment is of no use.
+        at_home = (VENV / "bin" / "pip").read_bytes().find(os.fsencode(VENV)) >= 0
+        usable = same_python and at_home
+    if not usable:
         # From inside another virtual environment: the interpreter behind it, which outlives it.
         base = getattr(sys, "_base_executable", sys.executable)
         run([base, "-m", "venv", "--clear", str(VENV)], log)

@@ -48,7 +48,12 @@ class ModelConfig(Section):
 
 
 class DataConfig(Section):
-    """The images; `batch_size` is global (all ranks, all accumulated parts), sizes in pixels, `workers` per rank."""
+    """The images. `batch_size` is global (all ranks, all accumulated parts), sizes in pixels, `workers` per rank.
+
+    `crop_scale`: area of a random resized crop; `color_jitter`: brightness, contrast, saturation; `cutout`: side of the
+    square; `resize_schedule`: pairs (share of the stage's epochs, image size from there on); `mean` and `std`: 0 to
+    255, by default those of the training images.
+    """
 
     source: str
     dir: str
@@ -61,6 +66,14 @@ class DataConfig(Section):
     workers: Count = 1
     augment: Literal["none", "translate", "crop_flip", "resized_crop_flip"] = "none"
     pad: Annotated[int, Field(ge=0)] = 4
+    crop_scale: tuple[Share, Share] = (0.08, 1.0)
+    color_jitter: tuple[Share, Share, Share] = (0.0, 0.0, 0.0)
+    cutout: Annotated[int, Field(ge=0)] = 0
+    resize_schedule: tuple[tuple[Share, Annotated[int, Field(ge=8)]], ...] = ()
+    memory: Literal["auto", "cache", "stream"] = "auto"
+    order: Literal["auto", "random", "quasi_random"] = "auto"
+    mean: tuple[float, float, float] | None = None
+    std: tuple[Positive, Positive, Positive] | None = None
 
 
 class TrainConfig(Section):
@@ -170,13 +183,13 @@ class Recipe(Section):
     def _batch_divides(self) -> Self:
         stages = {"pretrain": self.pretrain, "search": self.search, "finetune": self.finetune}
         for name, stage in stages.items():
-            parts = self.run.max_workers * stage.accumulate
-            if self.data.batch_size % parts:
-                raise ValueError(
-                    f"data.batch_size = {self.data.batch_size} does not divide into "
-                    f"run.workers = {self.run.max_workers} x {name}.accumulate = {stage.accumulate} equal parts; "
-                    f"take a multiple of {parts}"
-                )
+            for workers in range(self.run.min_workers, self.run.max_workers + 1):
+                parts = workers * stage.accumulate
+                if self.data.batch_size % parts:
+                    raise ValueError(
+                        f"data.batch_size = {self.data.batch_size} does not divide into run.workers = {workers} "
+                        f"x {name}.accumulate = {stage.accumulate} equal parts; take a multiple of {parts}"
+                    )
         return self
 
     def to_dict(self) -> dict[str, Any]:
@@ -259,7 +272,9 @@ def identity(recipe: Recipe, data_checksum: str) -> dict[str, Any]:
         ignored = {"sbs_prune": _QUANT_KEYS, "sbs_quant": _PRUNE_KEYS | {"prune_only_bits"}, "sbs": {"prune_only_bits"}}
         tree["search"] = {k: v for k, v in tree["search"].items() if k not in ignored.get(method, set())}
     tree["run"] = {k: v for k, v in tree["run"].items() if k not in _NEUTRAL_RUN_KEYS}
-    tree["data"] = {k: v for k, v in tree["data"].items() if k not in {"dir", "workers"}} | {"checksum": data_checksum}
+    tree["data"] = {k: v for k, v in tree["data"].items() if k not in {"dir", "workers", "memory"}} | {
+        "checksum": data_checksum
+    }
     tree["model"]["weights"] = _digest_of_weights(recipe.model.weights)
     tree["stage_format"] = STAGE_FORMAT
     return tree

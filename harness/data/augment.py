@@ -21,9 +21,9 @@ _FLIP, _SHIFT, _COLOUR, _HOLE, _DRAWS = 40, 41, 43, 46, 48
 class Augment:
     """The random part of the training pipeline. Sides in pixels, the rest as shares.
 
-    translate: zero-padded by `pad` and cropped back; crop_flip: the same and a flip; resized_crop_flip: a crop of `scale` of
-    the area at an aspect `ratio` (torchvision's RandomResizedCrop) and a flip. `jitter` bounds the changes of brightness,
-    contrast and saturation; `cutout` is the side of a square set to the mean colour.
+    translate: zero-padded by `pad` and cropped back; crop_flip: the same and a flip; resized_crop_flip: a crop of
+    `scale` of the area at an aspect `ratio` (torchvision's RandomResizedCrop) and a flip. `jitter` bounds the changes
+    of brightness, contrast and saturation; `cutout` is the side of a square set to the mean colour.
     """
 
     kind: Kind = "none"
@@ -39,9 +39,10 @@ class Augment:
 class Plan:
     """What to do with a batch of n images.
 
-    boxes: int32 (n, 4), top, left, height, width of the part that is resized to the output (a box of the output's own size
-    is copied and may reach over the border, where it is black). flips: uint8 (n,). colours: float32 (n, 3), factors of
-    brightness, contrast, saturation, or None. holes: int32 (n, 4), top, left, bottom, right in the output (empty if equal).
+    boxes: int32 (n, 4), top, left, height, width of the part that is resized to the output (a box of the output's own
+    size is copied and may reach over the border, where it is black). flips: uint8 (n,). colours: float32 (n, 3),
+    factors of brightness, contrast, saturation, or None. holes: int32 (n, 4), top, left, bottom, right in the output
+    (empty if equal).
     """
 
     boxes: NDArray[np.int32]

@@ -1,6 +1,6 @@
 """FFCV's file format, version 2, for the two fields `image` and `label`: its layout, a checked index, its writing.
 
-    header 24 B | 2 field descriptors | one 24-byte record per sample | zeros up to a page | pages of image bytes | table
+    header 24 B | 2 field descriptors | one 24-byte record per sample | zeros to a page | pages of image bytes | table
 
 Read and written here in numpy alone, so that files are checked before FFCV (which believes whatever it reads) opens
 them, and so that a machine without FFCV can use and make them. No image crosses a page.
@@ -178,10 +178,10 @@ def sample_digest(label: int, mode: int, height: int, width: int, payload: bytes
     return digest.digest()
 
 
-def images_digest(index: Index, progress: Callable[[int], None] = lambda done: None) -> str:
-    """SHA-256 over the digests of all samples, in order: reads the whole file. `progress` hears the samples done."""
+def images_digest(index: Index, progress: Callable[[int, int], None] = lambda _done, _total: None) -> str:
+    """SHA-256 over the digests of all samples, in order: reads the whole file. `progress` hears samples done, in all."""
     whole = hashlib.sha256()
-    facts = np.stack([index.labels, index.modes, index.heights, index.widths], axis=1).tolist()
+    columns = (index.labels, index.modes, index.heights, index.widths)
     with (
         index.path.open("rb") as file,
         mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as bytes_,
@@ -189,7 +189,8 @@ def images_digest(index: Index, progress: Callable[[int], None] = lambda done: N
     ):
         for sample, (offset, size) in enumerate(zip(index.offsets.tolist(), index.sizes.tolist(), strict=True)):
             with view[offset : offset + size] as payload:
-                whole.update(sample_digest(*facts[sample], payload))
+                label, mode, height, width = (int(column[sample]) for column in columns)
+                whole.update(sample_digest(label, mode, height, width, payload))
             if sample % 1024 == 1023:
-                progress(sample + 1)
+                progress(sample + 1, len(index))
     return whole.hexdigest()

@@ -21,8 +21,8 @@ from harness.data.encode import BadImageError, WriteSettings, encode
 from harness.data.sources import Ref, Source
 from harness.errors import UserError
 
-# What the parent needs to know of one stored sample. `digest` covers label, mode, sides and bytes; `total` and `square` are
-# means over (some) pixels of each channel and of its square.
+# What the parent needs to know of one stored sample. `digest` covers label, mode, sides and bytes; `total` and
+# `square` are means over (some) pixels of each channel and of its square.
 ROW = np.dtype(
     [
         ("position", "<i8"), ("label", "<i8"), ("mode", "<u1"), ("height", "<u2"), ("width", "<u2"), ("offset", "<u8"),
@@ -58,7 +58,8 @@ class Counter(Protocol):
 
     value: int
 
-    def get_lock(self) -> Any: ...
+    def get_lock(self) -> Any:
+        """A context that holds it."""
 
 
 def chunk_path(folder: Path, number: int) -> Path:
@@ -77,7 +78,9 @@ class ChunkWriter:
 
     def write(self, chunk: Chunk) -> int:
         """Store a chunk; returns the number of samples done with. Raises OSError (full disk)."""
-        rows, problems, changes = [], [], {}
+        rows: list[tuple[Any, ...]] = []
+        problems: list[str] = []
+        changes: dict[str, int] = {}
         with self._job.file.open("r+b", buffering=0) as file:
             self._page_start = -1
             for i, (ref, label) in enumerate(zip(chunk.refs, chunk.labels.tolist(), strict=True)):
@@ -175,7 +178,7 @@ def run_chunks(
     before = set(multiprocessing.active_children())
     pool = ProcessPoolExecutor(workers, context, _start_worker, (job, context.Value("q", first_page)))
     try:
-        _feed(pool, iter(chunks), 2 * workers, limit_s, job.source, done)
+        _feed(pool, iter(chunks), ahead=2 * workers, limit_s=limit_s, source=job.source, done=done)
     except BrokenProcessPool:
         raise UserError(
             "a writing process died (killed, or out of memory); what was finished is kept: run the same command again, "
@@ -188,7 +191,7 @@ def run_chunks(
 
 
 def _feed(
-    pool: ProcessPoolExecutor, chunks: Any, ahead: int, limit_s: float, source: Source, done: Callable[[int], None]
+    pool: ProcessPoolExecutor, chunks: Any, *, ahead: int, limit_s: float, source: Source, done: Callable[[int], None]
 ) -> None:
     """Keep `ahead` chunks in the pool until all are done."""
     pending: dict[Future[int], Chunk] = {}
@@ -201,8 +204,8 @@ def _feed(
         if not finished:
             oldest = next(iter(pending.values()))
             raise UserError(
-                f"no progress for {limit_s:.0f} s while writing images from {source.describe(oldest.refs[0])} on: does the "
-                "storage still answer? What was finished is kept: run the same command again"
+                f"no progress for {limit_s:.0f} s while writing images from {source.describe(oldest.refs[0])} on: "
+                "does the storage still answer? What was finished is kept: run the same command again"
             )
         for future in finished:
             del pending[future]

@@ -9,7 +9,7 @@ app = typer.Typer(no_args_is_help=True, help="Write and check data sets.")
 
 
 @app.command()
-def write(
+def write(  # noqa: PLR0917 - a command line's options
     source: Annotated[str, typer.Option(help="Where the images come from, e.g. digits or imagefolder:DIR.")],
     out: Annotated[Path, typer.Option(help="Folder of the data set.")],
     max_size: Annotated[int | None, typer.Option(min=0, help="Longest side in pixels; 0: as it is.")] = None,

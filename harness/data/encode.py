@@ -1,4 +1,4 @@
-"""From whatever a source delivers to what stands in the file: one upright RGB image, shrunk, as JPEG or as raw pixels."""
+"""From what a source delivers to what stands in the file: one upright RGB image, shrunk, as JPEG or as raw pixels."""
 
 import io
 import warnings
@@ -22,7 +22,7 @@ class BadImageError(Exception):
 
 @dataclass(frozen=True)
 class WriteSettings:
-    """How images are stored. `max_size`: longest side in pixels, 0 for no limit; `jpeg_share`: 0 to 1, the rest is raw."""
+    """How images are stored. `max_size`: longest side in pixels, 0: no limit; `jpeg_share`: 0 to 1, the rest is raw."""
 
     max_size: int = 500
     jpeg_share: float = 0.5

@@ -1,8 +1,8 @@
-"""The FFCV backend, the only module that imports ffcv: its file reader, its memory managers, its loader thread with its ring
-of buffers and its C decoder, without the parts that hang or mislead (`docs/data.md` lists them).
+"""The FFCV backend, the only module that imports ffcv: its file reader, its loader thread with its ring of buffers, its
+operations and its C decoder, without the parts that hang or mislead (`docs/data.md` lists them).
 
-What is ours: one decode operation that does everything (see `kernel`), the order, the plan of augmentations, checks of the
-decoder's status, and a thread whose errors reach the caller.
+What is ours: one decode operation that does everything (see `kernel`), the order, the plan of augmentations, the way
+to the bytes (see `storage`), checks of the decoder's status, and a thread whose errors reach the caller.
 """
 
 import ctypes
@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 from harness.data.beton import Index
 from harness.data.kernel import render
 from harness.data.pipeline import Pipeline, undecodable
+from harness.data.storage import Mapped, Storage, Streamed
 from harness.errors import UserError
 
 
@@ -40,7 +41,6 @@ try:
         from ffcv.libffcv import ctypes_imdecode, ctypes_resize
         from ffcv.loader.epoch_iterator import EpochIterator
         from ffcv.loader.loader import Loader
-        from ffcv.memory_managers.os_cache import OSCacheContext, OSCacheManager
         from ffcv.pipeline.allocation_query import AllocationQuery
         from ffcv.pipeline.graph import Graph
         from ffcv.pipeline.operation import Operation
@@ -53,7 +53,6 @@ except ImportError as error:
 
 # With FFCV's two spare slots: how many batches lie in memory at a time.
 BATCHES_AHEAD = 2
-STALL_LIMIT_S = 600.0
 
 
 class FFCVBackend(Loader):
@@ -71,7 +70,7 @@ class FFCVBackend(Loader):
         self.num_workers = pipeline.threads
         self.traversal_order = None
         self.reader = Reader(self.fname)
-        self.memory_manager = _Mapped(self.reader)
+        self.memory_manager = Streamed(pipeline.index) if pipeline.memory == "stream" else Mapped(pipeline.index)
         self._decode = _Decode(pipeline)
         specs = {"image": PipelineSpec("image", self._decode), "label": PipelineSpec("label", _Label(pipeline.index))}
         self.graph = Graph(specs, self.reader.handlers, {"image": 0, "label": 1}, self.reader.metadata, None)
@@ -138,14 +137,18 @@ class _Epoch(EpochIterator):
 
     def take(self) -> Any:
         """The next batch, None at the end; raises the thread's error, or `UserError` if it stands still."""
-        deadline = time.monotonic() + STALL_LIMIT_S
+        deadline = time.monotonic() + self.loader.pipeline.stall_limit_s
         while True:
             try:
                 item = self.output_queue.get(timeout=1.0)
             except queue.Empty:
                 if self.is_alive() and time.monotonic() < deadline:
                     continue
-                state = f"made no batch for {STALL_LIMIT_S:.0f} s" if self.is_alive() else "ended without a word"
+                state = (
+                    f"made no batch for {self.loader.pipeline.stall_limit_s:.0f} s"
+                    if self.is_alive()
+                    else "ended without a word"
+                )
                 raise UserError(f"the loader's thread {state} while it read {self.loader.fname}") from None
             if isinstance(item, BaseException):
                 raise item
@@ -160,8 +163,8 @@ class _Decode(Operation):
         self.pipeline = pipeline
         self.epoch = self.size = 0
         index = pipeline.index
-        columns = [index.offsets, index.sizes, index.modes, index.heights, index.widths]
-        self._records = np.stack([column.astype(np.int64) for column in columns], axis=1)
+        columns = (index.offsets, index.sizes, index.modes, index.heights, index.widths)
+        self._records = np.stack(columns, axis=1).astype(np.int64)
         self._image_bytes = int((index.heights.astype(np.int64) * index.widths).max()) * 3
         addresses = [ctypes.cast(function, ctypes.c_void_p).value for function in (ctypes_imdecode, ctypes_resize)]
         self._functions = np.array(addresses, np.int64)
@@ -175,10 +178,11 @@ class _Decode(Operation):
     def generate_code(self) -> Any:
         return self.run
 
-    def run(self, samples: NDArray[np.int64], out: Any, storage: tuple[NDArray[np.uint8], Any, Any]) -> Any:
+    def run(self, samples: NDArray[np.int64], out: Any, storage: Storage) -> Any:
         pipeline, count = self.pipeline, len(samples)
         plan = pipeline.plan(samples, self.epoch, self.size)
         records = self._records[samples]
+        records[:, 0] = storage.addresses(records[:, 0])
         status = np.zeros(count, np.int64)
         colours = np.zeros((0, 3), np.float32) if plan.colours is None else plan.colours
         room = max(self._image_bytes, 3 * self.size * self.size)
@@ -188,7 +192,7 @@ class _Decode(Operation):
         def part(thread: int) -> None:
             first, last = thread * count // pipeline.threads, (thread + 1) * count // pipeline.threads
             render(
-                self._functions, storage[0].ctypes.data, records, plan.boxes, plan.flips, colours, plan.holes,
+                self._functions, records, plan.boxes, plan.flips, colours, plan.holes,
                 pipeline.fill, pipeline.table, self._scratch[thread], status, out, first, last,
             )  # fmt: skip
 
@@ -219,12 +223,3 @@ class _Label(Operation):
     def run(self, samples: NDArray[np.int64], out: Any, _storage: Any) -> Any:
         np.take(self._labels, samples, out=out)
         return out
-
-
-class _Mapped(OSCacheManager):
-    """FFCV's memory map, without its dictionaries over all samples."""
-
-    def __init__(self, reader: Reader) -> None:
-        self.reader = reader
-        self.ptrs = self.sizes = None
-        self.context = OSCacheContext(self)

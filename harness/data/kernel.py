@@ -4,10 +4,12 @@ FFCV compiles a pipeline anew in every process (3-19 s each). This function is c
 on-disk cache, for which it must not hold addresses: those of FFCV's C functions come in as arguments.
 """
 
+# ruff: noqa: ARG001, PLR0917 - numba gives intrinsics and kernels their arguments by position
+
 from typing import Any
 
 import numpy as np
-from llvmlite import ir
+from llvmlite import ir  # type: ignore[import-untyped]
 from numba import carray, njit, types
 from numba.extending import intrinsic
 
@@ -124,20 +126,20 @@ def _finish(image: Any, size: Any, flip: Any, hole: Any, fill: Any, table: Any, 
 
 @_compile()
 def render(
-    functions: Any, base: Any, records: Any, boxes: Any, flips: Any, colours: Any, holes: Any, fill: Any, table: Any,
+    functions: Any, records: Any, boxes: Any, flips: Any, colours: Any, holes: Any, fill: Any, table: Any,
     scratch: Any, status: Any, out: Any, first: Any, last: Any,
 ) -> None:  # fmt: skip
     """Fill `out[first:last]`.
 
-    functions: int64 (2,), addresses of imdecode and resize. base: the address that offsets are relative to. records: int64
-    (n, 5), offset, size, mode, height, width. boxes, flips, colours (no rows for none), holes: see `augment.Plan`.
-    fill: uint8 (3,), colour of the holes. table: (3, 256), the output for each channel and byte. scratch: uint8 (3, bytes)
-    of this caller alone. status: int64 (n,), 0 or the decoder's complaint. out: (n, size, size, 3) of the table's type.
+    functions: int64 (2,), addresses of imdecode and resize. records: int64 (n, 5), address, size, mode, height,
+    width. boxes, flips, colours (no rows for none), holes: see `augment.Plan`. fill: uint8 (3,), colour of the holes.
+    table: (3, 256), the output for each channel and byte. scratch: uint8 (3, bytes) of this caller alone. status:
+    int64 (n,), 0 or the decoder's complaint. out: (n, size, size, 3) of the table's type.
     """
     size = out.shape[1]
     image, small, between = scratch[0], scratch[1], scratch[2]
     for k in range(first, last):
-        address, height, width = base + records[k, 0], records[k, 3], records[k, 4]
+        address, height, width = records[k, 0], records[k, 3], records[k, 4]
         status[k] = 0
         if records[k, 2] == 0:
             status[k] = _imdecode(functions[0], address, records[k, 1], height, width, np.int64(image.ctypes.data))

@@ -2,39 +2,18 @@
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from harness.data.augment import Augment, Kind
-from harness.data.beton import Index
 from harness.data.manifest import Manifest, Split, open_checked
+from harness.data.memory import choose
 from harness.data.pipeline import Backend, Pipeline
+from harness.data.settings import DataSettings, augment_of, sizes_of
 from harness.errors import UserError
-
-
-class DataSettings(Protocol):
-    """The part of a recipe's [data] section that a loader looks at (`harness.config.DataConfig`)."""
-
-    @property
-    def dir(self) -> str: ...
-    @property
-    def backend(self) -> Literal["ffcv", "torch"]: ...
-    @property
-    def image_size(self) -> int: ...
-    @property
-    def eval_image_size(self) -> int | None: ...
-    @property
-    def eval_crop_share(self) -> float: ...
-    @property
-    def workers(self) -> int: ...
-    @property
-    def augment(self) -> Kind: ...
-    @property
-    def pad(self) -> int: ...
 
 
 def open_data(
@@ -47,8 +26,10 @@ def open_data(
     world: int = 1,
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
+    epochs: int | None = None,
+    stall_limit_s: float = 600.0,
 ) -> "Loader":
-    """Open one split for one rank; `batch_size` is per rank.
+    """Open one split for one rank; `batch_size` is per rank, `epochs` the stage's (for a resizing schedule alone).
 
     Files are checked against their manifests first. Nothing is read ahead before `epoch` is called.
     Raises `UserError`: no such set, a damaged file, fewer training images than one global batch, no FFCV.
@@ -56,6 +37,8 @@ def open_data(
     manifest, index = open_checked(Path(data.dir), split)
     device = torch.device(device)
     train = split == "train"
+    memory, order = choose(index.path, data.memory, data.order) if train else ("cache", "random")
+    mean, std = np.asarray(data.mean or manifest.mean), np.asarray(data.std or manifest.std)
     pipeline = Pipeline(
         index=index,
         train=train,
@@ -64,12 +47,16 @@ def open_data(
         rank=rank,
         world=world,
         image_size=data.image_size if train else data.eval_image_size or data.image_size,
-        augment=Augment(data.augment, data.pad),
+        sizes=sizes_of(data, epochs) if train else (),
+        augment=augment_of(data),
         crop_share=data.eval_crop_share,
-        order_kind="random",
-        table=_table(manifest, device, dtype),
-        fill=np.rint(manifest.mean).astype(np.uint8),
+        order_kind=order,
+        memory=memory,
+        table=_table(mean, std, device, dtype),
+        mean_std=np.stack([mean, std]),
+        fill=np.rint(mean).astype(np.uint8),
         threads=data.workers,
+        stall_limit_s=stall_limit_s,
     )
     _check(pipeline)
     return Loader(pipeline, manifest, _backend(data.backend, pipeline), device, dtype)
@@ -86,13 +73,14 @@ def _backend(name: Literal["ffcv", "torch"], pipeline: Pipeline) -> Backend:
     return backend
 
 
-def _table(manifest: Manifest, device: torch.device, dtype: torch.dtype) -> NDArray[Any]:
+def _table(
+    mean: NDArray[np.float64], std: NDArray[np.float64], device: torch.device, dtype: torch.dtype
+) -> NDArray[Any]:
     """(3, 256): byte to normalised number for each channel; bytes stay bytes where the device normalises."""
     levels = np.arange(256, dtype=np.float64)
     if device.type != "cpu":
         return np.tile(levels.astype(np.uint8), (3, 1))
-    mean, std = np.asarray(manifest.mean)[:, None], np.asarray(manifest.std)[:, None]
-    table = torch.from_numpy((levels - mean) / std).to(dtype)
+    table = torch.from_numpy((levels - mean[:, None]) / std[:, None]).to(dtype)
     return (table if dtype == torch.float32 else table.view(torch.int16)).numpy()
 
 
@@ -108,13 +96,16 @@ def _check(pipeline: Pipeline) -> None:
         if shape != (size, size):
             has = "images of different sizes" if shape is None else f"images of {shape[0]} x {shape[1]} pixels"
             raise UserError(
-                f"data.augment = {augment!r} shifts images by whole pixels, so they must be of "
-                f"data.image_size = {size}, but {index.path} has {has}: take 'resized_crop_flip', or set data.image_size"
+                f"data.augment = {augment!r} shifts images by whole pixels, so they must be of data."
+                f"image_size = {size}, but {index.path} has {has}: take 'resized_crop_flip', or set data.image_size"
             )
 
 
 class Loader:
-    """Batches of one rank. `num_samples` counts the whole split; `len()` is this rank's batches of an epoch."""
+    """Batches of one rank. `num_samples` counts the whole split; `len()` is this rank's batches of an epoch.
+
+    `stack` names what loads the images; `order` and `memory` say what was chosen.
+    """
 
     def __init__(
         self, pipeline: Pipeline, manifest: Manifest, backend: Backend, device: torch.device, dtype: torch.dtype
@@ -123,11 +114,11 @@ class Loader:
         self.num_classes = len(manifest.classes)
         self.classes = manifest.classes
         self.stack = backend.name
+        self.order, self.memory = pipeline.order_kind, pipeline.memory
         self._pipeline, self._backend = pipeline, backend
         self._device, self._dtype = device, dtype
         self._copied = torch.cuda.Event() if device.type == "cuda" else None
-        scale = 1.0 / torch.tensor(manifest.std, device=device)
-        self._scale, self._shift = scale.to(dtype), (-torch.tensor(manifest.mean, device=device) * scale).to(dtype)
+        self._normalise = torch.tensor(pipeline.mean_std, device=device, dtype=torch.float32)
 
     def __len__(self) -> int:
         return len(self._pipeline)
@@ -135,11 +126,11 @@ class Loader:
     def epoch(self, epoch: int, skip: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield (images, labels) of an epoch from batch number `skip` on.
 
-        images: (n, 3, size, size), channels_last, normalised, of the loader's type and device; labels: (n,) int64. On the
-        CPU both are views of buffers that are filled again once the next batch is asked for: clone what you keep.
+        images: (n, 3, size, size), channels_last, normalised, of the loader's type and device; labels: (n,) int64. On
+        the CPU both are views of buffers that are filled again once the next batch is asked for: clone what you keep.
         """
         order = self._pipeline.order(epoch)[skip * self._pipeline.batch_size :]
-        batches = self._backend.batches(epoch, order, self._pipeline.image_size)
+        batches = self._backend.batches(epoch, order, self._pipeline.size(epoch))
         try:
             for images, labels in batches:
                 yield self._deliver(images), torch.from_numpy(labels).to(self._device)
@@ -164,8 +155,5 @@ class Loader:
         batch = batch.to(self._device, non_blocking=True)
         if self._copied is not None:
             self._copied.record()
-        batch = batch.to(self._dtype)
-        return batch.mul_(self._scale).add_(self._shift).permute(0, 3, 1, 2)
-
-
-__all__ = ["DataSettings", "Index", "Loader", "open_data"]
+        mean, std = self._normalise
+        return batch.to(torch.float32).sub_(mean).div_(std).to(self._dtype).permute(0, 3, 1, 2)

@@ -1,4 +1,4 @@
-"""The manifest beside each data set file: what it holds, how it was made, checksums. A file without one is no data set."""
+"""The manifest beside each data set file: contents, settings, checksums. A file without one is no data set."""
 
 import hashlib
 import json
@@ -104,7 +104,8 @@ def open_checked(folder: Path, split: Split) -> tuple[Manifest, Index]:
     try:
         if path.is_file() and 0 < path.stat().st_size != manifest.file_bytes:
             raise DamagedFileError(
-                f"{path} has {path.stat().st_size} bytes but its manifest says {manifest.file_bytes}: it was cut or replaced"
+                f"{path} has {path.stat().st_size} bytes but its manifest says {manifest.file_bytes}: "
+                "it was cut or replaced"
             )
         index = read_index(path)
         _compare(manifest, index)
@@ -118,9 +119,8 @@ def _compare(manifest: Manifest, index: Index) -> None:
         raise DamagedFileError(f"{index.path} has {len(index)} samples but its manifest says {manifest.num_samples}")
     if index_digest(index.path, index) != manifest.checksums["index"]:
         raise DamagedFileError(f"{index.path}: records and tables do not match the manifest's checksum")
-    if manifest.file_bytes <= VERIFY_WHOLE_BYTES:
-        if images_digest(index) != manifest.checksums["images"]:
-            raise DamagedFileError(f"{index.path}: the image bytes do not match the manifest's checksum")
+    if manifest.file_bytes <= VERIFY_WHOLE_BYTES and images_digest(index) != manifest.checksums["images"]:
+        raise DamagedFileError(f"{index.path}: the image bytes do not match the manifest's checksum")
     low, high = int(index.labels.min()), int(index.labels.max())
     if low < 0 or high >= len(manifest.classes):
         raise DamagedFileError(

@@ -1,7 +1,7 @@
-"""Which samples a rank sees, in which order: pure functions of (seed, epoch, rank, world), so that any step can be resumed.
+"""Which samples a rank sees, in which order: functions of (seed, epoch, rank, world), so that any step can be resumed.
 
-Training: every rank gets equally many batches; the samples left over are others in each epoch. Validation: the ranks' shards
-together are every sample once, in file order, without padding; ranks may differ by one sample.
+Training: every rank gets equally many batches; the samples left over are others in each epoch. Validation: the ranks'
+shards together are every sample once, in file order, without padding; ranks may differ by one sample.
 """
 
 from typing import Literal
@@ -44,5 +44,5 @@ def quasi_random_order(
 
 
 def eval_order(count: int, *, rank: int, world: int) -> NDArray[np.int64]:
-    """The validation samples of one rank."""
-    return np.arange(rank, count, world)
+    """The validation samples of one rank: an equal run of the file, to within one sample."""
+    return np.arange(rank * count // world, (rank + 1) * count // world)

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from harness.data.augment import Augment, Plan, eval_plan, train_plan
 from harness.data.beton import DamagedFileError, Index
 from harness.data.manifest import remedy
+from harness.data.memory import Memory
 from harness.data.order import Order, eval_order, quasi_random_order, train_batches, train_order
 
 # Samples of a window of the quasi-random order, in pages: what one rank holds in memory.
@@ -19,7 +20,11 @@ WINDOW_PAGES = 32
 
 @dataclass(frozen=True)
 class Pipeline:
-    """One rank's view of one split. `batch_size` is per rank; `table` maps channel and byte to the delivered number."""
+    """One rank's view of one split.
+
+    `batch_size` is per rank; `table` maps channel and byte to the delivered number; `sizes` holds (first epoch, side in
+    pixels) of a progressive resizing, in order.
+    """
 
     index: Index
     train: bool
@@ -31,14 +36,19 @@ class Pipeline:
     augment: Augment
     crop_share: float
     order_kind: Order
+    memory: Memory
     table: NDArray[np.uint8] | NDArray[np.float32] | NDArray[np.int16]
+    mean_std: NDArray[np.float64]
     fill: NDArray[np.uint8]
     threads: int
+    sizes: tuple[tuple[int, int], ...] = ()
+    stall_limit_s: float = 600.0
 
     def __len__(self) -> int:
         if self.train:
             return train_batches(len(self.index), self.batch_size, self.world)
-        return -(-len(range(self.rank, len(self.index), self.world)) // self.batch_size)
+        mine = len(eval_order(len(self.index), rank=self.rank, world=self.world))
+        return (mine + self.batch_size - 1) // self.batch_size
 
     def order(self, epoch: int) -> NDArray[np.int64]:
         """This rank's samples of an epoch, batch after batch."""
@@ -51,6 +61,10 @@ class Pipeline:
         pages = self.index.offsets // self.index.page_bytes
         window = max(WINDOW_PAGES * count // len(np.unique(pages)), self.batch_size)
         return quasi_random_order(pages, self.batch_size, window=window, **place)
+
+    def size(self, epoch: int) -> int:
+        """Side of the images in an epoch, in pixels."""
+        return next((size for start, size in reversed(self.sizes) if epoch >= start), self.image_size)
 
     def plan(self, samples: NDArray[np.int64], epoch: int, size: int) -> Plan:
         """What happens to each of these samples in this epoch, at an output of size x size."""
@@ -68,7 +82,7 @@ class Backend(Protocol):
     def batches(
         self, epoch: int, order: NDArray[np.int64], size: int
     ) -> Iterator[tuple[NDArray[np.uint8] | NDArray[np.float32] | NDArray[np.int16], NDArray[np.int64]]]:
-        """Yield (images (n, size, size, 3) of the table's type, labels (n,)), each valid until the next is asked for."""
+        """Yield (images (n, size, size, 3) of the table's type, labels (n,)), valid until the next is asked for."""
 
     def close(self) -> None:
         """End threads and processes."""

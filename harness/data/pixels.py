@@ -1,4 +1,4 @@
-"""The pixel operations of `kernel` again, in PIL and numpy: the oracle of the compiled ones, and what runs without FFCV."""
+"""The pixel operations of `kernel` again, in PIL and numpy: their oracle, and what runs without FFCV."""
 
 import io
 
@@ -14,25 +14,22 @@ class UndecodableError(Exception):
     """A stored JPEG that does not decode."""
 
 
-def render(
-    payload: memoryview | bytes,
-    mode: int,
-    height: int,
-    width: int,
-    plan: Plan,
-    k: int,
-    size: int,
-    fill: NDArray[np.uint8],
-) -> NDArray[np.uint8]:
-    """Carry out row `k` of a plan on one stored image; returns (size, size, 3) bytes. Raises `UndecodableError`."""
-    if mode == JPEG:
-        try:
-            with Image.open(io.BytesIO(payload), formats=["JPEG"]) as stored:
-                image = np.asarray(stored.convert("RGB"))
-        except (OSError, SyntaxError, ValueError) as error:
-            raise UndecodableError(str(error)) from None
-    else:
-        image = np.frombuffer(payload, np.uint8).reshape(height, width, 3)
+def decode(payload: memoryview | bytes, mode: int, height: int, width: int) -> NDArray[np.uint8]:
+    """One stored image as (height, width, 3) bytes. Raises `UndecodableError`."""
+    if mode != JPEG:
+        return np.frombuffer(payload, np.uint8).reshape(height, width, 3)
+    try:
+        with Image.open(io.BytesIO(payload), formats=["JPEG"]) as stored:
+            image = np.asarray(stored)
+    except (OSError, SyntaxError, ValueError) as error:
+        raise UndecodableError(f"does not decode ({error})") from None
+    if image.shape != (height, width, 3):
+        raise UndecodableError(f"decodes to {image.shape}, its record says {(height, width, 3)}")
+    return image
+
+
+def render(image: NDArray[np.uint8], plan: Plan, k: int, *, size: int, fill: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """Carry out row `k` of a plan on one image; returns (size, size, 3) bytes."""
     top, left, rows, columns = plan.boxes[k].tolist()
     if (rows, columns) == (size, size):
         image = shift(image, top, left, size)

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from torch.utils.data import DataLoader, Dataset
 
 from harness.data.pipeline import Pipeline, undecodable
-from harness.data.pixels import UndecodableError, render
+from harness.data.pixels import UndecodableError, decode, render
 
 # One batch as it is asked for: samples, epoch, side of the output.
 _Request = tuple[NDArray[np.int64], int, int]
@@ -35,12 +35,13 @@ class _Images(Dataset[tuple[NDArray[Any], NDArray[np.int64]]]):
         plan = pipeline.plan(samples, epoch, size)
         out = np.empty((len(samples), size, size, 3), pipeline.table.dtype)
         for k, sample in enumerate(samples.tolist()):
-            start, side = int(index.offsets[sample]), (int(index.heights[sample]), int(index.widths[sample]))
+            start, height, width = int(index.offsets[sample]), int(index.heights[sample]), int(index.widths[sample])
             payload = self._bytes[start : start + int(index.sizes[sample])]
             try:
-                image = render(payload, int(index.modes[sample]), *side, plan, k, size, pipeline.fill)
+                image = decode(payload, int(index.modes[sample]), height, width)
             except UndecodableError:
                 raise undecodable(index.path, sample) from None
+            image = render(image, plan, k, size=size, fill=pipeline.fill)
             for c in range(3):
                 np.take(pipeline.table[c], image[..., c], out=out[k, ..., c])
         return out, index.labels[samples]

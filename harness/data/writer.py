@@ -1,8 +1,8 @@
 """Write a data set: scan, encode in parallel, finish atomically. A killed or failed run goes on where it stopped.
 
-FFCV's own DatasetWriter waits for ever when an image raises, leaves shared memory behind and draws unseeded numbers, so the
-files are written here. Processes fill pages of one file; for every finished chunk they leave a record of its samples in
-`DIR/.partial-SPLIT`. Header and tables and then the manifest are written last.
+FFCV's own DatasetWriter waits for ever when an image raises, leaves shared memory behind and draws unseeded numbers,
+so the files are written here. Processes fill pages of one file; for every finished chunk they leave a record of its
+samples in `DIR/.partial-SPLIT`. Header and tables and then the manifest are written last.
 """
 
 import errno
@@ -56,7 +56,7 @@ class WriteReport:
 
 
 def ensure(source: str, folder: str | Path) -> str:
-    """Write a data set into `folder` unless it is there; safe for any number of callers at once. Returns its checksum."""
+    """Write a data set into `folder` unless it is there; safe for many callers at once. Returns its checksum."""
     from harness.data.manifest import data_checksum
 
     folder = Path(folder)
@@ -75,7 +75,7 @@ def write(
     workers: int | None = None,
     strict: bool = False,
     limit_s: float = 600.0,
-    progress: Progress = lambda split, done, total: None,
+    progress: Progress = lambda _split, _done, _total: None,
 ) -> WriteReport:
     """Write both splits of `source` into `folder`. `settings` None: small images raw, others half JPEG.
 
@@ -126,7 +126,7 @@ def _write(
     workers: int | None,
     strict: bool = False,
     limit_s: float = 600.0,
-    progress: Progress = lambda split, done, total: None,
+    progress: Progress = lambda _split, _done, _total: None,
 ) -> WriteReport:
     settings = settings or default_settings(source)
     if workers is None:
@@ -156,8 +156,8 @@ def _write(
         if error.errno not in _FULL_DISK:
             raise
         raise UserError(
-            f"no space left for {folder} ({error.strerror}): free some and run the same command again, it goes on where it "
-            f"stopped; or delete {folder}"
+            f"no space left for {folder} ({error.strerror}): free some and run the same command again, it goes on "
+            f"where it stopped; or delete {folder}"
         ) from None
     report = WriteReport(written, tuple(problems), dict(changes))
     text = json.dumps({"written": written, "changes": report.changes, "problems": problems}, indent=1)
@@ -175,8 +175,8 @@ def _already_written(source: Source, folder: Path, split: Split, settings: Write
     manifest = load_manifest(folder, split)
     if (manifest.source, manifest.settings) != (source.spec, settings.to_dict()):
         raise UserError(
-            f"{folder} already holds the {split} split of {manifest.source}, written with {manifest.settings}: choose another "
-            "--out, or delete it"
+            f"{folder} already holds the {split} split of {manifest.source}, written with {manifest.settings}: "
+            "choose another --out, or delete it"
         )
     return open_checked(folder, split)[0].num_samples
 

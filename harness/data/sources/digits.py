@@ -1,4 +1,4 @@
-"""scikit-learn's 1,797 handwritten digits (8x8, 17 grey levels) as 32x32 RGB images: 1,438 to train on, 359 to validate."""
+"""scikit-learn's 1,797 handwritten digits (8x8, 17 greys) as 32x32 RGB images: 1,438 to train on, 359 to validate."""
 
 from dataclasses import dataclass
 from functools import cache
@@ -6,6 +6,7 @@ from functools import cache
 import numpy as np
 from numpy.typing import NDArray
 
+from harness.data.manifest import Split
 from harness.data.randomness import permutation
 from harness.data.sources.base import Scan, SplitScan
 
@@ -36,8 +37,8 @@ class Digits:
         for digit in range(10):
             members = np.flatnonzero(labels == digit)
             val[members[permutation(len(members), _SPLIT_SEED, digit)[: round(len(members) * _VAL_SHARE)]]] = True
-        parts = {"train": np.flatnonzero(~val), "val": np.flatnonzero(val)}
-        splits = {name: SplitScan(numbers.tolist(), labels[numbers]) for name, numbers in parts.items()}
+        parts: dict[Split, NDArray[np.int64]] = {"train": np.flatnonzero(~val), "val": np.flatnonzero(val)}
+        splits = {split: SplitScan(numbers.tolist(), labels[numbers]) for split, numbers in parts.items()}
         return Scan(tuple(str(digit) for digit in range(10)), splits)
 
     def read(self, ref: int) -> NDArray[np.uint8]:

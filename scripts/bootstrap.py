@@ -116,7 +116,7 @@ def make_venv(log: Path) -> None:
         ask = [str(PYTHON), "-c", "import sys; print(sys.version)"]
         same_python = subprocess.run(ask, capture_output=True, text=True, check=False).stdout.strip() == sys.version
         # Scripts name the folder they were installed in, so a moved environment is of no use.
-        at_home = (VENV / "bin" / "pip").read_bytes().find(os.fsencode(VENV)) >= 0
+        at_home = (VENV / "bin" / "activate").read_bytes().find(os.fsencode(VENV)) >= 0
         usable = same_python and at_home
     if not usable:
         # From inside another virtual environment: the interpreter behind it, which outlives it.

@@ -76,7 +76,7 @@ class Context:
         self.stage = ""
         self.total_steps = 0
         self.last_checkpoint: Path | None = None
-        self._loaders: dict[str, Loader] = {}
+        self._loaders: dict[tuple[str, int], Loader] = {}
         self._progress_due_s = 0.0
 
     def enter(self, stage: str) -> None:
@@ -175,18 +175,18 @@ class Context:
             self.checkpoints.flush()
         self.ranks.max(0)
 
-    def train_loader(self) -> Loader:
-        """This rank's share of every global training batch."""
-        if "train" not in self._loaders:
-            self._loaders["train"] = self._open("train", self.recipe.data.batch_size // self.ranks.world)
-        return self._loaders["train"]
+    def train_loader(self, epochs: int) -> Loader:
+        """This rank's share of every global training batch, in a stage of so many epochs."""
+        return self._loader("train", self.recipe.data.batch_size // self.ranks.world, epochs)
+
+    def steps_per_epoch(self) -> int:
+        """Optimiser steps of an epoch of any stage."""
+        return len(self.train_loader(1))
 
     def val_loader(self) -> Loader:
         """This rank's share of the validation images, each of them on one rank once."""
-        if "val" not in self._loaders:
-            size = self.recipe.data.eval_batch_size or self.recipe.data.batch_size
-            self._loaders["val"] = self._open("val", -(-size // self.ranks.world))
-        return self._loaders["val"]
+        size = self.recipe.data.eval_batch_size or self.recipe.data.batch_size
+        return self._loader("val", -(-size // self.ranks.world), 1)
 
     def example_input(self) -> torch.Tensor:
         """Zeros in the shape of one image, on the CPU."""
@@ -213,24 +213,29 @@ class Context:
                     before_leaving()
                 self.depart()
 
-    def _open(self, split: Literal["train", "val"], batch_size: int) -> Loader:
-        loader = open_data(
-            self.recipe.data,
-            split,
-            batch_size=batch_size,
-            seed=self.recipe.run.seed,
-            rank=self.ranks.rank,
-            world=self.ranks.world,
-            device=self.ranks.device,
-        )
-        classes = self.recipe.model.num_classes
-        if loader.num_classes != classes:
-            loader.close()
-            raise UserError(
-                f"model.num_classes = {classes}, but {self.recipe.data.dir} holds {loader.num_classes} classes. "
-                f"Set model.num_classes={loader.num_classes} or choose other data."
+    def _loader(self, split: Literal["train", "val"], batch_size: int, epochs: int) -> Loader:
+        key = (split, epochs if self.recipe.data.resize_schedule else 0)
+        if key not in self._loaders:
+            self._loaders[key] = open_data(
+                self.recipe.data,
+                split,
+                batch_size=batch_size,
+                seed=self.recipe.run.seed,
+                rank=self.ranks.rank,
+                world=self.ranks.world,
+                device=self.ranks.device,
+                epochs=epochs,
             )
-        return loader
+            self._check_classes(self._loaders[key].num_classes)
+        return self._loaders[key]
+
+    def _check_classes(self, found: int) -> None:
+        classes = self.recipe.model.num_classes
+        if found != classes:
+            raise UserError(
+                f"model.num_classes = {classes}, but {self.recipe.data.dir} holds {found} classes. "
+                f"Set model.num_classes={found} or choose other data."
+            )
 
 
 def _keep_quiet(metrics: dict[str, Any]) -> None:

@@ -6,6 +6,7 @@ would have made: order of data, random draws and learning rate are functions of 
 """
 
 import time
+import warnings
 from collections import deque
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -65,7 +66,7 @@ class StageLoop:
         run, ranks = context.recipe.run, context.ranks
         self.job, self.context, self.ranks = job, context, ranks
         self.at = Position()
-        self._loader: Loader = context.train_loader()
+        self._loader: Loader = context.train_loader(job.config.epochs)
         self._optimizer = build_optimizer(job.net, job.config, context.recipe.data.batch_size)
         self._ema = None if job.config.ema_decay is None else averaged(job.net, job.config.ema_decay)
         self._scaler = torch.amp.GradScaler(ranks.device.type, enabled=run.precision == "fp16")
@@ -286,12 +287,15 @@ class StageLoop:
         # Buckets that are rebuilt after the first step change the order in which three or more ranks add up, and so the
         # last bits after a resume; the search for unused parameters keeps the first layout.
         fixed_buckets = self.context.recipe.run.deterministic and self.ranks.world > 2
-        return DistributedDataParallel(
-            self.job.net,
-            device_ids=[self.ranks.device.index] if self.ranks.device.type == "cuda" else None,
-            broadcast_buffers=False,
-            find_unused_parameters=fixed_buckets,
-        )
+        with warnings.catch_warnings():
+            # Its successor `forward_sync_buffers` overwrites what is each rank's own (batch norms) with rank 0's at once.
+            warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated", category=FutureWarning)
+            return DistributedDataParallel(
+                self.job.net,
+                device_ids=[self.ranks.device.index] if self.ranks.device.type == "cuda" else None,
+                broadcast_buffers=False,
+                find_unused_parameters=fixed_buckets,
+            )
 
     def _global_step(self) -> int:
         return self.job.start_step + self.at.step

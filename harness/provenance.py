@@ -29,7 +29,7 @@ def facts() -> dict[str, Any]:
     return {
         "commit": commit,
         "dirty": dirty,
-        "command": sys.argv,
+        "command": [] if "RAY_JOB_ID" in os.environ else sys.argv,  # a Ray worker's own says nothing
         "host": platform.node(),
         "platform": platform.platform(),
         "python": platform.python_version(),

@@ -58,7 +58,7 @@ def build_result(
         "layers": layers,
         "timings_s": timings_s,
         "stack": {
-            "loader": context.train_loader().stack,
+            "loader": context.val_loader().stack,
             "backend": context.ranks.backend,
             "world_size": context.ranks.world,
             "launcher": context.ranks.launcher,

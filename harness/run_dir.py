@@ -80,6 +80,10 @@ class RunDir:
         """Forget an earlier request to stop; whoever starts the trial again calls this."""
         self._stop_path.unlink(missing_ok=True)
 
+    def clear_error(self) -> None:
+        """Forget how an earlier attempt failed; whoever starts the trial again calls this."""
+        self.error_path.unlink(missing_ok=True)
+
     @contextmanager
     def lock(self, patience_s: float = 60.0) -> Iterator[None]:
         """Hold the folder for writing; wait for a dying predecessor; `UserError` if another process keeps it."""

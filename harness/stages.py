@@ -65,7 +65,6 @@ def run(
     ):
         context = Context(spec, ranks, report)
         if ranks.main:
-            folder.error_path.unlink(missing_ok=True)
             write_json(folder.config_path, spec.recipe.to_dict())
             record_start(folder, launcher=ranks.launcher, world=ranks.world)
         try:
@@ -127,7 +126,7 @@ class _Trial:
         context, stages = self.context, plan(self.recipe)
         outcome, done = self._last_outcome(stages)
         configs = [stage_config(self.recipe, stage) for stage in stages[self.given is not None :]]
-        context.total_steps = len(context.train_loader()) * sum(config.epochs for config in configs if config)
+        context.total_steps = context.steps_per_epoch() * sum(config.epochs for config in configs if config)
         for stage in stages[done:]:
             context.enter(stage)
             log.info("%s: %s", context.spec.label, stage)
@@ -308,7 +307,7 @@ class _Trial:
 
     def _calibration(self) -> list[torch.Tensor]:
         """This rank's share of the first training batches."""
-        loader = self.context.train_loader()
+        loader = self.context.train_loader(self.recipe.search.epochs)
         return [images.clone() for images, _ in islice(loader.epoch(0), self.recipe.search.calibration_batches)]
 
     def _to_device(self, net: nn.Module) -> nn.Module:

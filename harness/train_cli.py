@@ -21,7 +21,9 @@ def train(recipe_name: str, overrides: Sequence[str], run_dir: Path | None, ray:
         # The identity of a trial holds the number of ranks that it really has.
         overrides = [*overrides, f"run.workers={os.environ.get('WORLD_SIZE', '1')}"]
     spec = make_spec(load_recipe(recipe_name, overrides), run_dir)
-    RunDir(spec.run_dir).clear_stop()
+    folder = RunDir(spec.run_dir)
+    folder.clear_stop()
+    folder.clear_error()
     if ray:
         from harness.ray_worker import fit
 

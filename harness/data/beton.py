@@ -179,7 +179,7 @@ def sample_digest(label: int, mode: int, height: int, width: int, payload: bytes
 
 
 def images_digest(index: Index, progress: Callable[[int, int], None] = lambda _done, _total: None) -> str:
-    """SHA-256 over the digests of all samples, in order: reads the whole file. `progress` hears samples done, in all."""
+    """SHA-256 over the digests of all samples, in order: reads the whole file. `progress` hears (done, in all)."""
     whole = hashlib.sha256()
     columns = (index.labels, index.modes, index.heights, index.widths)
     with (

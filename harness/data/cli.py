@@ -5,12 +5,15 @@ from typing import Annotated, Any
 
 import typer
 
+# The kinds of `harness.data.sources`, which is not imported before a command runs.
+_KINDS = ("digits", "imagefolder:DIR", "parquet:GLOB", "tar:GLOB", "cifar10:DIR", "cifar100:DIR")
+
 app = typer.Typer(no_args_is_help=True, help="Write and check data sets.")
 
 
 @app.command()
 def write(  # noqa: PLR0917 - a command line's options
-    source: Annotated[str, typer.Option(help="Where the images come from, e.g. digits or imagefolder:DIR.")],
+    source: Annotated[str, typer.Option(help=f"Where the images come from: {', '.join(_KINDS)}.")],
     out: Annotated[Path, typer.Option(help="Folder of the data set.")],
     max_size: Annotated[int | None, typer.Option(min=0, help="Longest side in pixels; 0: as it is.")] = None,
     jpeg_share: Annotated[
@@ -21,6 +24,8 @@ def write(  # noqa: PLR0917 - a command line's options
     seed: Annotated[int | None, typer.Option(help="Decides which images become JPEG.")] = None,
     workers: Annotated[int | None, typer.Option(min=0, help="Writing processes; default one per core.")] = None,
     limit_s: Annotated[float, typer.Option(help="Give up after so many seconds without progress.")] = 600.0,
+    val_labels: Annotated[Path | None, typer.Option(help="Labels of ImageNet's flat val folder.")] = None,
+    synsets: Annotated[Path | None, typer.Option(help="meta.mat of ImageNet's devkit.")] = None,
     strict: Annotated[bool, typer.Option("--strict", help="Fail on images or classes with problems.")] = False,
 ) -> None:
     """Write the train and val files of a source, with a manifest beside each; a broken-off run goes on."""
@@ -31,7 +36,7 @@ def write(  # noqa: PLR0917 - a command line's options
     from harness.data.writer import REPORT, default_settings, write
     from harness.errors import UserError
 
-    found = parse_source(source)
+    found = parse_source(source, val_labels=val_labels, synsets=synsets)
     given: dict[str, Any] = {"max_size": max_size, "jpeg_share": jpeg_share, "quality": quality, "seed": seed}
     if page_mib is not None:
         if page_mib & (page_mib - 1):

@@ -207,4 +207,20 @@ class ChainPlain(Chain):
         return self.quantised("head", x)
 
 
-CHAINS = {"plain": ChainPlain, "residual": ChainResidual, "inverted": ChainInverted}
+class ChainSigned(Chain):
+    """networks.Signed: the gates of `one` and `two` act behind the signed quantisers of `two` and `three`."""
+
+    order = ("one", "two", "three", "four")
+    signed = frozenset({"one", "two", "three"})
+    groups: ClassVar = {"one": ("one",), "two": ("two",), "three": ("three",)}
+    sources: ClassVar = {"two": "one", "three": "two", "four": "three"}
+
+    def forward(self, x: Tensor) -> Tensor:
+        m = self.module
+        x = m.one_bn(self.quantised("one", x))
+        x = m.two_bn(F.relu(self.quantised("two", x)))
+        x = self.gate_map("three", F.relu(m.three_bn(self.quantised("three", x))))
+        return self.quantised("four", x.mean((2, 3)))
+
+
+CHAINS = {"plain": ChainPlain, "residual": ChainResidual, "inverted": ChainInverted, "signed": ChainSigned}

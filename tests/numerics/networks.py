@@ -81,7 +81,27 @@ class Inverted(nn.Module):
         return self.head(self.last(x))
 
 
-USER_NETWORKS = {"plain": Plain, "residual": Residual, "inverted": Inverted}
+class Signed(nn.Module):
+    """No activation behind one norm and a norm behind one activation: prunable groups with signed consumers."""
+
+    def __init__(self, width: int = 8, num_classes: int = 5):
+        super().__init__()
+        self.one = nn.Conv2d(3, width, 3, padding=1, bias=False)
+        self.one_bn = nn.BatchNorm2d(width)
+        self.two = nn.Conv2d(width, width, 3, padding=1)  # its bias keeps sums of codes off the kink of the ReLU
+        self.two_bn = nn.BatchNorm2d(width)
+        self.three = nn.Conv2d(width, 2 * width, 3, stride=2, padding=1, bias=False)
+        self.three_bn = nn.BatchNorm2d(2 * width)
+        self.four = nn.Linear(2 * width, num_classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.one_bn(self.one(x))
+        x = self.two_bn(F.relu(self.two(x)))
+        x = F.relu(self.three_bn(self.three(x)))
+        return self.four(x.mean((2, 3)))
+
+
+USER_NETWORKS = {"plain": Plain, "residual": Residual, "inverted": Inverted, "signed": Signed}
 
 
 def randomise(model: nn.Module, seed: int) -> nn.Module:
@@ -94,10 +114,16 @@ def randomise(model: nn.Module, seed: int) -> nn.Module:
     with torch.no_grad():
         for module in model.modules():
             if isinstance(module, nn.BatchNorm2d):
-                module.weight.copy_(uniform(module.weight, 0.5, 1.5))
-                module.bias.copy_(uniform(module.bias, -0.2, 0.6))
-                module.running_mean.copy_(uniform(module.running_mean, -0.2, 0.2))
-                module.running_var.copy_(uniform(module.running_var, 0.5, 2.0))
+                ranges = {
+                    "weight": (0.5, 1.5),
+                    "bias": (-0.2, 0.6),
+                    "running_mean": (-0.2, 0.2),
+                    "running_var": (0.5, 2),
+                }
+                for name, (low, high) in ranges.items():
+                    value = getattr(module, name)
+                    if value is not None:
+                        value.copy_(uniform(value, low, high))
             elif isinstance(module, nn.Conv2d | nn.Linear):
                 factors = uniform(module.weight.flatten(1)[:, 0], 0.4, 1.6)
                 module.weight.mul_(factors.view(-1, *[1] * (module.weight.dim() - 1)))

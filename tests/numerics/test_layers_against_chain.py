@@ -4,27 +4,18 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import pytest
 import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from sbs import kernels
 from sbs.gates import HardGate
 from sbs.kernels import GateMode
 from sbs.layers import LayerContext, QuantSettings, from_float
 from tests.numerics import oracle
 
 BIT_SETS = [(2, 4, 8), (1, 2, 4, 8), (4, 8), (3, 6), (2, 4, 8, 16), (8,), (4,)]
-
-
-@pytest.fixture(autouse=True)
-def _eager_kernels():
-    before = kernels.use_compiled(False)
-    yield
-    kernels.use_compiled(before)
 
 
 @dataclass(frozen=True)

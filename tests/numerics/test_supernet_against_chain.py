@@ -8,18 +8,10 @@ from torch import nn
 from torch.nn import functional as F
 
 import sbs
-from sbs import kernels
 from tests.numerics import networks, oracle, states
 from tests.numerics.chain_networks import CHAINS
 
 SIZE = 8
-
-
-@pytest.fixture(autouse=True)
-def _eager_kernels():
-    before = kernels.use_compiled(False)
-    yield
-    kernels.use_compiled(before)
 
 
 def _macs(model: nn.Module) -> dict[str, int]:

@@ -1,0 +1,1 @@
+"""What sbs refuses, decides by the graph, and writes to disk."""

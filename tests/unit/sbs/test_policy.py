@@ -1,0 +1,144 @@
+"""Policies on disk: they come back as they were, and what does not fit is refused by name."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+import torch
+
+import sbs
+from sbs.errors import SbsError
+from tests.numerics import networks
+
+X = torch.zeros(1, 3, 8, 8)
+
+
+@pytest.fixture
+def document() -> dict[str, Any]:
+    """A valid policy of networks.Residual as plain data."""
+    return sbs.Policy.uniform(networks.Residual(), X, 4, 2).to_json()
+
+
+def _load(document: Any, tmp_path) -> sbs.Policy:
+    path = tmp_path / "policy.json"
+    path.write_text(document if isinstance(document, str) else json.dumps(document))
+    return sbs.Policy.load(path)
+
+
+def test_saved_and_loaded_policies_are_equal(tmp_path, document):
+    document["layers"][1]["kept"] = [0, 3, 5]
+    policy = _load(document, tmp_path)
+    assert policy.layer("conv_a").kept == (0, 3, 5)
+    policy.save(tmp_path / "again.json")
+    assert sbs.Policy.load(tmp_path / "again.json") == policy
+    on_disk = json.loads((tmp_path / "again.json").read_text())
+    assert on_disk["version"] == 1
+    assert on_disk["layers"][1] == {"name": "conv_a", "weight_bits": 4, "activation_bits": 2, "kept": [0, 3, 5]}
+
+
+def test_first_and_last_layers_of_a_uniform_policy_have_8_bits(document):
+    bits = [(e["weight_bits"], e["activation_bits"]) for e in document["layers"]]
+    assert bits == [(8, 8), *[(4, 2)] * 5, (8, 8)]
+
+
+def test_policy_of_another_network_is_refused_by_name(document):
+    policy = sbs.Policy.uniform(sbs.models.build("resnet20", 10), torch.zeros(1, 3, 32, 32), 4, 4)
+    for call in (
+        lambda: sbs.compress(networks.Residual(), policy),
+        lambda: sbs.cost(networks.Residual(), (3, 8, 8), policy),
+    ):
+        with pytest.raises(SbsError, match=r"(?s)CifarResNet.*another network.*conv_a"):
+            call()
+
+
+def test_another_version_is_refused_by_number(tmp_path, document):
+    document["version"] = 7
+    with pytest.raises(SbsError, match=r"policy\.json.*version 7.*version 1"):
+        _load(document, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("text", "named"),
+    [
+        ("{", "policy.json"),
+        ("[]", "policy.json"),
+        ('{"layers": []}', "format"),
+        ('{"format": "sbs-policy", "version": 1, "model": "m", "input_shape": [3]}', "layers"),
+    ],
+)
+def test_what_is_no_policy_is_refused(tmp_path, text, named):
+    with pytest.raises(SbsError, match=named):
+        _load(text, tmp_path)
+
+
+def test_a_missing_file_is_named(tmp_path):
+    with pytest.raises(SbsError, match=r"nowhere\.json"):
+        sbs.Policy.load(tmp_path / "nowhere.json")
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"weight_bits": 0}, r"conv_a.*weight_bits=0"),
+        ({"activation_bits": 99}, r"conv_a.*activation_bits=99"),
+        ({"weight_bits": "4"}, r"conv_a.*weight_bits"),
+        ({"weight_bits": True}, r"conv_a.*weight_bits"),
+        ({"kept": []}, r"conv_a.*kept"),
+        ({"kept": [3, 1]}, r"conv_a.*kept"),
+        ({"kept": [1, 1]}, r"conv_a.*kept"),
+        ({"kept": [0, 8]}, r"conv_a.*8"),
+        ({"kept": [-1, 2]}, r"conv_a"),
+        ({"kept": [1.5]}, r"conv_a.*kept"),
+        ({"kept": 3}, r"kept|conv_a"),
+        ({"bits": 4}, r"conv_a.*bits"),
+        ({"name": "conv_x"}, r"conv_a.*conv_x"),
+    ],
+    ids=str,
+)
+def test_a_wrong_entry_is_refused_with_its_layer(tmp_path, document, change, named):
+    document["layers"][1] |= change
+    with pytest.raises(SbsError, match=f"(?s){named}"):
+        sbs.compress(networks.Residual(), _load(document, tmp_path))
+
+
+@pytest.mark.parametrize("layers", [["conv_a"], {"conv_a": {"weight_bits": 4}}, None, 3], ids=str)
+def test_layers_of_the_wrong_form_are_refused(tmp_path, document, layers):
+    document["layers"] = layers
+    with pytest.raises(SbsError, match=r"policy\.json"):
+        _load(document, tmp_path)
+
+
+def test_a_missing_key_is_named(tmp_path, document):
+    del document["layers"][2]["weight_bits"]
+    with pytest.raises(SbsError, match="weight_bits"):
+        _load(document, tmp_path)
+
+
+def test_a_missing_layer_and_a_doubled_one_are_refused(tmp_path, document):
+    first = document["layers"][0]
+    for layers in (document["layers"][1:], [first, *document["layers"]]):
+        with pytest.raises(SbsError):
+            sbs.compress(networks.Residual(), _load(document | {"layers": layers}, tmp_path))
+
+
+def test_channels_of_a_residual_sum_cannot_be_dropped(tmp_path, document):
+    entry = next(e for e in document["layers"] if e["name"] == "conv_b")
+    entry["kept"] = [0, 1]
+    with pytest.raises(SbsError, match=r"conv_b.*addition"):
+        sbs.compress(networks.Residual(), _load(document, tmp_path))
+
+
+def test_a_depthwise_follower_keeps_what_its_producer_keeps(tmp_path):
+    document = sbs.Policy.uniform(networks.Inverted(), X, 4, 4).to_json()
+    entries = {e["name"]: e for e in document["layers"]}
+    entries["expand.0"]["kept"] = [0, 1, 5]
+    small = sbs.compress(networks.Inverted(), _load(document, tmp_path))
+    assert small.depthwise[0].weight.shape == (3, 1, 3, 3)
+    assert small.depthwise[0].groups == 3
+    assert small.project[0].weight.shape == (8, 3, 1, 1)
+    assert small.depthwise[1].num_features == small.expand[1].num_features == 3
+    entries["depthwise.0"]["kept"] = [0, 1, 2]
+    with pytest.raises(SbsError, match=r"depthwise\.0.*expand\.0"):
+        sbs.compress(networks.Inverted(), _load(document, tmp_path))

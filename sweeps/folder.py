@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from harness.config import Recipe, TrialSpec
+from harness.config import Recipe, TrialSpec, parse_recipe
 from harness.errors import UserError
 from harness.run_dir import read_json, write_json
 from sweeps.space import Space
@@ -21,14 +21,16 @@ def claim(folder: Path, space: Space, base: Recipe, checksum: str, trials: Seque
 
     Raises `UserError` that lists what changed.
     """
-    now = {"data": checksum, **flat(base.to_dict(), without=set(space.axes))}
     path = folder / "sweep.json"
     before = read_json(path)
     if before is not None:
+        varied = {*space.axes, *before["axes"]}
+        then = {"data": before["data"], **flat(_recipe(before, path).to_dict(), without=varied)}
+        now = {"data": checksum, **flat(base.to_dict(), without=varied)}
         changed = [
-            f"{key}: {before['base'].get(key, 'absent')!r} before, {now.get(key, 'absent')!r} now"
-            for key in sorted(before["base"].keys() | now.keys())
-            if key not in space.axes and key not in before["axes"] and before["base"].get(key) != now.get(key)
+            f"{key}: {then.get(key)!r} before, {now.get(key)!r} now"
+            for key in sorted(then.keys() | now.keys())
+            if then.get(key) != now.get(key)
         ]
         if changed:
             listed = "\n  ".join(changed[:10])
@@ -39,8 +41,14 @@ def claim(folder: Path, space: Space, base: Recipe, checksum: str, trials: Seque
     known = [] if before is None else before["trials"]
     keys = list(dict.fromkeys([*known, *(spec.key for spec in trials)]))
     folder.mkdir(parents=True, exist_ok=True)
-    document = {"schema": SCHEMA, "name": space.name, "recipe": space.recipe, "axes": sorted(space.axes), "base": now}
-    write_json(path, document | {"space": space.model_dump(mode="json"), "trials": keys})
+    document: dict[str, Any] = {"schema": SCHEMA, "name": space.name, "data": checksum, "axes": sorted(space.axes)}
+    document |= {"base": base.to_dict(), "space": space.model_dump(mode="json"), "trials": keys}
+    write_json(path, document)
+
+
+def _recipe(before: Mapping[str, Any], path: Path) -> Recipe:
+    """The base of an earlier start; keys that recipes did not have then take their defaults."""
+    return parse_recipe(before["base"], str(path))
 
 
 def flat(tree: Mapping[str, Any], *, without: set[str], prefix: str = "") -> dict[str, Any]:

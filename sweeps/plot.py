@@ -70,7 +70,10 @@ def _draw_family(axes: "Axes", frontier: Frontier, family: tuple[str, str], colo
 
     rows = frontier.of_family(family)
     best = [row for row in rows if frontier.is_best(row)]
-    axes.plot([row.gbops for row in best], [row.top1 for row in best], "-", color=colour, linewidth=1, alpha=0.7)
+    # A staircase: between two points nothing better than the cheaper one is known.
+    axes.step(
+        [row.gbops for row in best], [row.top1 for row in best], where="post", color=colour, linewidth=1, alpha=0.7
+    )
     name = family[0] if len({model for model, _ in frontier.families()}) > 1 else ""
     for method in dict.fromkeys(row.method for row in rows):
         group = [row for row in rows if row.method == method]

@@ -82,9 +82,10 @@ def _resources(config: dict[str, Any]) -> Any:
     """A worker group brings its own resources; a trial of one worker runs in the Tune trial's process and asks here."""
     from ray import tune
 
-    demand = Demand.of(TrialSpec.model_validate(config["spec"]).recipe)
+    recipe = TrialSpec.model_validate(config["spec"]).recipe
+    demand = Demand.of(recipe)
     own: dict[str, float] = {"CPU": 0, "memory": DRIVER_MEMORY_BYTES}
-    if demand.workers == 1:
+    if recipe.run.max_workers == 1:
         own |= {"CPU": demand.cpus_per_worker}
         own |= {"GPU": demand.gpus_per_worker} if demand.gpus_per_worker else {}
     return tune.PlacementGroupFactory([own])

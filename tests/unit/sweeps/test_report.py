@@ -1,0 +1,115 @@
+import csv
+import io
+import json
+from pathlib import Path
+
+import pytest
+
+from sweeps import plot, report
+from sweeps.frontier import Frontier, build
+from sweeps.outcome import TEXTS, write
+from tests.unit.sweeps.rows import row
+
+FULL = {"method": "full_precision", "lambda": None}
+
+
+@pytest.fixture
+def frontier() -> Frontier:
+    return build(
+        ["e"],
+        [
+            row(key="f" * 16, point="f", top1=98.1234567, gbops=41.7986, bop_reduction=1.0, **FULL),
+            row(key="a" * 16, top1=97.5, gbops=1.25, bop_reduction=33.43888),
+        ],
+    )
+
+
+def test_json_has_the_documented_schema(frontier: Frontier):
+    document = json.loads(report.as_json(frontier))
+    assert document["schema"] == 1
+    assert document["experiment"] == "e"
+    assert document["experiments"] == ["e"]
+    assert document["convention"] == "mac_product"
+    assert set(document["rows"][0]) == {
+        "experiment", "model", "seed", "trial", "method", "lambda", "top1", "top5", "gbops", "bop_reduction",
+        "mean_weight_bits", "mean_activation_bits", "pruned_share", "params", "on_frontier",
+    }  # fmt: skip
+    sbs, full = document["rows"]
+    assert (sbs["lambda"], sbs["bop_reduction"], sbs["on_frontier"]) == (0.1, 33.4389, True)
+    assert (full["lambda"], full["top1"]) == (None, 98.1235)
+
+
+def test_several_experiments_have_no_single_name(frontier: Frontier):
+    document = json.loads(report.as_json(build(["e", "g"], [*frontier.rows, row("g", key="g")])))
+    assert "experiment" not in document
+    assert document["experiments"] == ["e", "g"]
+
+
+def test_csv_holds_the_same_numbers_as_json(frontier: Frontier):
+    table = list(csv.DictReader(io.StringIO(report.as_csv(frontier))))
+    rows = json.loads(report.as_json(frontier))["rows"]
+    assert [line["trial"] for line in table] == [r["trial"] for r in rows]
+    assert [float(line["gbops"]) for line in table] == [r["gbops"] for r in rows]
+    assert [line["lambda"] for line in table] == ["0.1", ""]
+    assert [line["on_frontier"] for line in table] == ["True", "True"]
+
+
+def test_every_text_shows_every_row(frontier: Frontier):
+    assert "| 97.50   |" in report.as_markdown(frontier)
+    assert r"full\_precision &" in report.as_latex(frontier)
+    assert r"33.4$\times$" in report.as_latex(frontier)
+    for text in (report.as_markdown(frontier), report.as_html(frontier), report.as_latex(frontier)):
+        assert "97.50" in text
+        assert "98.12" in text
+        assert "Convention mac\\_product" in text or "Convention mac_product" in text
+
+
+def test_latex_compiles_in_form(frontier: Frontier):
+    lines = report.as_latex(frontier).splitlines()
+    columns = len(lines[0].removeprefix(r"\begin{tabular}{").removesuffix("}"))
+    for line in lines:
+        if line.endswith(r"\\"):
+            assert line.count(" & ") == len(report.HEADERS) - 1
+    assert columns == len(report.HEADERS)
+
+
+def test_spread_over_seeds_is_shown_where_there_are_several(frontier: Frontier):
+    assert report.seed_groups(frontier) == []
+    two = build(["e"], [row(key="a", seed=0, top1=90.0), row(key="b", seed=1, top1=92.0)])
+    assert "91.00 ± 1.41" in report.as_markdown(two)
+    assert "91.00 ± 1.41" in report.as_html(two)
+    assert r"91.00 $\pm$ 1.41" in report.as_latex(two)
+
+
+def test_equal_rows_give_equal_bytes(frontier: Frontier, tmp_path: Path):
+    shuffled = build(frontier.experiments, reversed(frontier.rows))
+    names = write(frontier, tmp_path / "a")
+    assert write(shuffled, tmp_path / "b") == names
+    assert set(names) == {*TEXTS, "pareto.png", "pareto.svg"}
+    for name in names:
+        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
+    assert (tmp_path / "a" / "pareto.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_published_points_have_sources_and_stand_apart(tmp_path: Path):
+    points = plot.published()
+    assert all(point.source and point.convention for point in points)
+    assert any((p.model, p.bop_reduction, p.top1_drop) == ("mobilenetv2", 22.6, 0.1) for p in points)
+    rows = [
+        row(key="f", model="mobilenetv2", data="imagenet", top1=71.8, gbops=308.0, bop_reduction=1.0, **FULL),
+        row(key="a", model="mobilenetv2", data="imagenet", top1=71.0, gbops=14.0, bop_reduction=22.0),
+    ]
+    plot.write(build(["e"], rows), tmp_path / "with.svg", "svg")
+    plot.write(build(["e"], rows[1:]), tmp_path / "without.svg", "svg")  # nothing to relate them to
+    assert "published" in text_of(tmp_path / "with.svg")
+    assert "published" not in text_of(tmp_path / "without.svg")
+
+
+def text_of(svg: Path) -> str:
+    """Labels of a Matplotlib SVG: text drawn as paths keeps its words in comments."""
+    return svg.read_text()
+
+
+def test_no_rows_still_make_files(tmp_path: Path):
+    write(build(["e"], []), tmp_path)
+    assert json.loads((tmp_path / "pareto.json").read_text())["rows"] == []

@@ -51,6 +51,8 @@ except ImportError as error:
         f"FFCV cannot be loaded here ({error}). Build it with `make setup`, or set data.backend = 'torch'."
     ) from None
 
+# Addresses of FFCV's C functions, for `kernel.render`.
+FUNCTIONS = np.array([ctypes.cast(f, ctypes.c_void_p).value for f in (ctypes_imdecode, ctypes_resize)], np.int64)
 # With FFCV's two spare slots: how many batches lie in memory at a time.
 BATCHES_AHEAD = 2
 
@@ -166,8 +168,6 @@ class _Decode(Operation):
         columns = (index.offsets, index.sizes, index.modes, index.heights, index.widths)
         self._records = np.stack(columns, axis=1).astype(np.int64)
         self._image_bytes = int((index.heights.astype(np.int64) * index.widths).max()) * 3
-        addresses = [ctypes.cast(function, ctypes.c_void_p).value for function in (ctypes_imdecode, ctypes_resize)]
-        self._functions = np.array(addresses, np.int64)
         self._threads = ThreadPoolExecutor(pipeline.threads, "decode") if pipeline.threads > 1 else None
         self._scratch = np.empty((pipeline.threads, 3, 0), np.uint8)
 
@@ -192,7 +192,7 @@ class _Decode(Operation):
         def part(thread: int) -> None:
             first, last = thread * count // pipeline.threads, (thread + 1) * count // pipeline.threads
             render(
-                self._functions, records, plan.boxes, plan.flips, colours, plan.holes,
+                FUNCTIONS, records, plan.boxes, plan.flips, colours, plan.holes,
                 pipeline.fill, pipeline.table, self._scratch[thread], status, out, first, last,
             )  # fmt: skip
 

@@ -110,14 +110,22 @@ def _files(kind: str, root: Path) -> dict[str, bytes]:
     raise UserError(f"{kind}:{root}: found neither {root / layout.archive} nor the folder {folder}")
 
 
+def _latin1(text: str, encoding: str) -> bytes:
+    """How Python 3 writes byte strings into old pickles."""
+    if encoding != "latin1":
+        raise pickle.UnpicklingError(f"it wants to encode text as {encoding}")
+    return text.encode("latin1")
+
+
 class _Unpickler(pickle.Unpickler):
-    """Knows numpy arrays and nothing else."""
+    """Knows numpy arrays and byte strings, and nothing else."""
 
     _ALLOWED: Mapping[tuple[str, str], Any] = {
         ("numpy.core.multiarray", "_reconstruct"): _reconstruct,
         ("numpy._core.multiarray", "_reconstruct"): _reconstruct,
         ("numpy", "ndarray"): np.ndarray,
         ("numpy", "dtype"): np.dtype,
+        ("_codecs", "encode"): _latin1,
     }
 
     def find_class(self, module: str, name: str) -> Any:

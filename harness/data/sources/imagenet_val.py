@@ -77,11 +77,12 @@ def _synset_ids(root: Path, synsets: Path | None, labels: Path) -> dict[str, str
             "file, or name it with --synsets"
         )
     from scipy.io import loadmat
+    from scipy.io.matlab import MatReadError
 
     try:
         table = loadmat(path, squeeze_me=True)["synsets"]
         return {str(int(row[0])): str(row[1]) for row in table if int(row[4]) == 0}
-    except (OSError, ValueError, KeyError, TypeError, IndexError, NotImplementedError) as error:
+    except (OSError, ValueError, KeyError, TypeError, IndexError, NotImplementedError, MatReadError) as error:
         raise UserError(f"{path} is not the devkit's meta.mat ({error})") from None
 
 

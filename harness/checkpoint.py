@@ -93,8 +93,9 @@ def load_weights(path: Path) -> State:
     require_file(path, "weights", "Give a state dict saved by torch.save.")
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, pickle.UnpicklingError, EOFError, OSError) as error:
-        raise UserError(f"{path} is not a readable state dict: {str(error).splitlines()[0]}") from None
+    except (RuntimeError, pickle.UnpicklingError, EOFError, OSError, LookupError, ValueError) as error:
+        reason = (str(error).splitlines() or [""])[0]
+        raise UserError(f"{path} is not a readable state dict ({type(error).__name__}: {reason})") from None
     if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
         raise UserError(f"{path} holds no state dict (names with tensors)")
     return state

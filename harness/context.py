@@ -225,6 +225,7 @@ class Context:
                 world=self.ranks.world,
                 device=self.ranks.device,
                 epochs=epochs,
+                stall_limit_s=self.recipe.run.stall_limit_s,
             )
             self._check_classes(self._loaders[key].num_classes)
         return self._loaders[key]

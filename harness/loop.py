@@ -288,7 +288,7 @@ class StageLoop:
         # last bits after a resume; the search for unused parameters keeps the first layout.
         fixed_buckets = self.context.recipe.run.deterministic and self.ranks.world > 2
         with warnings.catch_warnings():
-            # Its successor `forward_sync_buffers` copies rank 0's buffers at once, batch norms too, which are each rank's own.
+            # Its successor `forward_sync_buffers` copies rank 0's buffers at once, and batch norms are each rank's own.
             warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated", category=FutureWarning)
             return DistributedDataParallel(
                 self.job.net,

@@ -63,7 +63,9 @@ def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestR
 def pytest_make_collect_report() -> Generator[None, pytest.CollectReport, pytest.CollectReport]:
     # A whole module skipped (importorskip) has no items whose markers could tell.
     report = yield
-    wanted = [name for name in REQUIRED if name in str(report.longrepr)]
+    # The reason alone: the path beside it may well contain such a name.
+    reason = report.longrepr[2] if isinstance(report.longrepr, tuple) else ""
+    wanted = [name for name in REQUIRED if name in reason]
     if wanted and report.skipped:
         report.outcome = "failed"
         report.longrepr = f"REQUIRE={','.join(wanted)}, yet skipped: {report.longrepr}"

@@ -9,15 +9,16 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from harness.config import DataConfig
 from harness.data.manifest import Manifest, Split, open_checked
 from harness.data.memory import choose
 from harness.data.pipeline import Backend, Pipeline
-from harness.data.settings import DataSettings, augment_of, sizes_of
+from harness.data.settings import augment_of, sizes_of
 from harness.errors import UserError
 
 
 def open_data(
-    data: DataSettings,
+    data: DataConfig,
     split: Split,
     *,
     batch_size: int,

@@ -1,41 +1,16 @@
-"""What a loader needs to know from a recipe's [data] section, and what follows from it."""
+"""What follows for a loader from a recipe's [data] section."""
 
-from collections.abc import Sequence
-from typing import Literal, Protocol
-
-from harness.data.augment import Augment, Kind
+from harness.config import DataConfig
+from harness.data.augment import Augment
 from harness.errors import UserError
 
-Triple = tuple[float, float, float]
 
-
-class DataSettings(Protocol):
-    """The part of `harness.config.DataConfig` that loaders look at."""
-
-    dir: str
-    backend: Literal["ffcv", "torch"]
-    image_size: int
-    eval_image_size: int | None
-    eval_crop_share: float
-    workers: int
-    augment: Kind
-    pad: int
-    crop_scale: tuple[float, float]
-    color_jitter: Triple
-    cutout: int
-    resize_schedule: Sequence[tuple[float, int]]
-    memory: Literal["auto", "cache", "stream"]
-    order: Literal["auto", "random", "quasi_random"]
-    mean: Triple | None
-    std: Triple | None
-
-
-def augment_of(data: DataSettings) -> Augment:
+def augment_of(data: DataConfig) -> Augment:
     """The random part of the training pipeline."""
     return Augment(kind=data.augment, pad=data.pad, scale=data.crop_scale, jitter=data.color_jitter, cutout=data.cutout)
 
 
-def sizes_of(data: DataSettings, epochs: int | None) -> tuple[tuple[int, int], ...]:
+def sizes_of(data: DataConfig, epochs: int | None) -> tuple[tuple[int, int], ...]:
     """(first epoch, side in pixels) of each step of a progressive resizing; shares of the epochs become epochs."""
     if not data.resize_schedule:
         return ()

@@ -150,6 +150,11 @@ def _write(
                 changes.update(note["changes"])
             if strict and problems:
                 raise UserError(_strict_message(source, problems))
+            if len(rows) == 0:
+                raise UserError(
+                    f"{source.spec}: no image of the {split} split can be used; {len(problems)} problems, the first: "
+                    f"{problems[0].removeprefix(split + ': ')}"
+                )
             work.finish(rows, len(problems))
             written[split] = len(rows)
     except OSError as error:
@@ -253,10 +258,6 @@ class _SplitWork:
 
     def finish(self, rows: NDArray[np.void], problems: int) -> None:
         """Tables, header, name, manifest: in this order, so that a set is whole or not there."""
-        if len(rows) == 0:
-            raise UserError(
-                f"{self.source.spec}: no image of the {self.split} split can be used; see {self.folder / REPORT}"
-            )
         page = self.settings.page_bytes
         table_start = page_align(int((rows["offset"] + rows["size"]).max()), page)
         samples, table = np.zeros(len(rows), SAMPLE), np.zeros(len(rows), ALLOCATION)

@@ -50,8 +50,8 @@ def test_random_resized_crops_follow_torchvision(height: int, width: int, seed: 
 def test_random_resized_crops_have_the_right_distribution():
     boxes = plan(RRC, 224, 400, 400, 20_000).boxes.astype(float)
     share, log_aspect = boxes[:, 2] * boxes[:, 3] / 400**2, np.log(boxes[:, 3] / boxes[:, 2])
-    # A crop of share a fits if |log aspect| <= -log a, with probability p = min(1, -log a / log(4/3)), and is drawn again
-    # otherwise; the integral of a p(a) over that of p(a) from 0.08 to 1 is 0.4778.
+    # A crop of share a fits if |log aspect| <= -log a, with probability p = min(1, -log a / log(4/3)), and is drawn
+    # again otherwise; the integral of a p(a) over that of p(a) from 0.08 to 1 is 0.4778.
     assert abs(share.mean() - 0.4778) < 0.006
     assert share.min() > 0.078
     assert abs(log_aspect.mean()) < 0.01

@@ -41,11 +41,11 @@ def test_validation_is_every_sample_once_without_padding(count: int, world: int)
     assert max(map(len, shards)) - min(map(len, shards)) <= 1
 
 
-@given(**COUNTS, pages=st.integers(1, 40), seed=st.integers(0, 9), epoch=st.integers(0, 9))
-def test_quasi_random_ranks_share_the_set_too(count: int, batch: int, world: int, pages: int, seed: int, epoch: int):
+@given(**COUNTS, pages=st.integers(1, 40), seed=st.integers(0, 99))
+def test_quasi_random_ranks_share_the_set_too(count: int, batch: int, world: int, pages: int, seed: int):
     page_of = np.arange(count) * pages // count
     orders = [
-        quasi_random_order(page_of, batch, seed=seed, epoch=epoch, rank=r, world=world, window=3 * batch)
+        quasi_random_order(page_of, batch, seed=seed, epoch=7, rank=r, world=world, window=3 * batch)
         for r in range(world)
     ]
     assert {len(order) for order in orders} == {train_batches(count, batch, world) * batch}

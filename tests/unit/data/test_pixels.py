@@ -71,14 +71,14 @@ def compiled(images: list[np.ndarray], plan: Plan, size: int, table: np.ndarray)
     colours = np.zeros((0, 3), np.float32) if plan.colours is None else plan.colours
     scratch = np.zeros((3, 1 << 20), np.uint8)
     status = np.zeros(count, np.int64)
-    kernel(
-        FUNCTIONS, records, plan.boxes, plan.flips, colours, plan.holes, GREY_FILL, table, scratch, status, out, 0, count
-    )  # fmt: skip
+    work = (plan.boxes, plan.flips, colours, plan.holes, GREY_FILL, table)
+    kernel(FUNCTIONS, records, *work, scratch, status, out, 0, count)
     return out
 
 
 BOXES = [
-    (0, 0, 40, 30), (3, 5, 16, 16), (-2, 20, 16, 16), (30, -5, 16, 16), (2, 2, 10, 28), (1, 1, 20, 9), (5, 5, 7, 7), (0, 0, 17, 16),
+    (0, 0, 40, 30), (3, 5, 16, 16), (-2, 20, 16, 16), (30, -5, 16, 16), (2, 2, 10, 28), (1, 1, 20, 9), (5, 5, 7, 7),
+    (0, 0, 17, 16),
 ]  # fmt: skip
 
 

@@ -300,7 +300,7 @@ class TestTar:
 class Python2Pickler(pickle._Pickler):
     """Writes byte strings as Python 2 wrote them, and with it the official archives."""
 
-    dispatch = dict(pickle._Pickler.dispatch)
+    dispatch = dict(pickle._Pickler.dispatch)  # noqa: RUF012 - pickle's way
 
     def save_bytes(self, content: bytes) -> None:
         self.write(pickle.BINSTRING + len(content).to_bytes(4, "little") + content)

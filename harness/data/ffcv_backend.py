@@ -78,10 +78,13 @@ class FFCVBackend(Loader):
         self.graph = Graph(specs, self.reader.handlers, {"image": 0, "label": 1}, self.reader.metadata, None)
         self.code = _code(self.graph)
         self._active: _Epoch | None = None
+        self._stuck = False
 
     def batches(self, epoch: int, order: NDArray[np.int64], size: int) -> Iterator[tuple[Any, NDArray[np.int64]]]:
         """See `Backend.batches`."""
         self._end_epoch()
+        if self._stuck:
+            raise UserError(f"the loader of {self.fname} stood still before: open it anew")
         self._decode.epoch, self._decode.size = epoch, size
         active = self._active = _Epoch(self, order)
         try:
@@ -99,8 +102,10 @@ class FFCVBackend(Loader):
     def _end_epoch(self) -> None:
         active, self._active = self._active, None
         if active is not None:
+            self._stuck = active.stuck
             active.close()
-            active.join(timeout=10.0)
+            if not active.stuck:
+                active.join()
 
 
 def _code(graph: Graph) -> tuple[list[Any], list[int]]:
@@ -116,6 +121,8 @@ def _code(graph: Graph) -> tuple[list[Any], list[int]]:
 
 class _Epoch(EpochIterator):
     """FFCV's producer thread; what goes wrong in it is raised by `take`."""
+
+    stuck = False
 
     def run(self) -> None:
         try:
@@ -139,18 +146,17 @@ class _Epoch(EpochIterator):
 
     def take(self) -> Any:
         """The next batch, None at the end; raises the thread's error, or `UserError` if it stands still."""
-        deadline = time.monotonic() + self.loader.pipeline.stall_limit_s
+        limit_s = self.loader.pipeline.stall_limit_s
+        deadline = time.monotonic() + limit_s
         while True:
+            alive = self.is_alive()  # asked before the queue, so that a thread's last words are heard
             try:
-                item = self.output_queue.get(timeout=1.0)
+                item = self.output_queue.get(timeout=min(1.0, limit_s) if alive else 0.0)
             except queue.Empty:
-                if self.is_alive() and time.monotonic() < deadline:
+                if alive and time.monotonic() < deadline:
                     continue
-                state = (
-                    f"made no batch for {self.loader.pipeline.stall_limit_s:.0f} s"
-                    if self.is_alive()
-                    else "ended without a word"
-                )
+                self.stuck = alive
+                state = f"made no batch for {limit_s:.0f} s" if alive else "ended without a word"
                 raise UserError(f"the loader's thread {state} while it read {self.loader.fname}") from None
             if isinstance(item, BaseException):
                 raise item

@@ -1,0 +1,306 @@
+"""Both backends: the same batches, exact resumption, counts, types, sizes; and what the settings may not be."""
+
+import logging
+import os
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from harness.data.loader import Loader, open_data
+from harness.data.manifest import load_manifest
+from harness.errors import UserError
+from tests.unit.data.samples import config
+
+FFCV = pytest.param("ffcv", marks=pytest.mark.skipif("not __import__('importlib.util').util.find_spec('ffcv')"))
+BACKENDS = [FFCV, "torch"]
+PHOTOS = {"image_size": 48, "augment": "resized_crop_flip", "eval_crop_share": 0.875}
+
+
+def epoch(loader: Loader, number: int = 0, skip: int = 0) -> list[tuple[Tensor, Tensor]]:
+    batches = [(images.clone(), labels.clone()) for images, labels in loader.epoch(number, skip)]
+    loader.close()
+    return batches
+
+
+def load(folder: Path, split: str = "train", **changes: object) -> Loader:
+    options = {
+        "batch_size": 8,
+        "seed": 1,
+        "rank": 0,
+        "world": 1,
+        "dtype": torch.float32,
+        "device": "cpu",
+        "epochs": None,
+    }
+    place = {name: changes.pop(name, default) for name, default in options.items()}
+    return open_data(config(folder, **changes), split, **place)
+
+
+def levels(folder: Path, images: Tensor) -> Tensor:
+    """Back to 0..255."""
+    manifest = load_manifest(folder, "train")
+    return images * torch.tensor(manifest.std).view(3, 1, 1) + torch.tensor(manifest.mean).view(3, 1, 1)
+
+
+def same(a: list[tuple[Tensor, Tensor]], b: list[tuple[Tensor, Tensor]]) -> bool:
+    return len(a) == len(b) and all(
+        torch.equal(x, y) and torch.equal(m, n) for (x, m), (y, n) in zip(a, b, strict=True)
+    )
+
+
+class TestAgreement:
+    @pytest.mark.parametrize("split", ["train", "val"])
+    def test_raw_pixels_without_resizing_agree_bit_by_bit(self, digits: Path, split: str):
+        pytest.importorskip("ffcv")
+        ours, theirs = (epoch(load(digits, split, backend=b, augment="crop_flip"), 3) for b in ("ffcv", "torch"))
+        assert same(ours, theirs)
+
+    @pytest.mark.parametrize("changes", [{}, {"color_jitter": (0.4, 0.4, 0.4), "cutout": 16}])
+    def test_training_images_agree(self, photos: Path, changes: dict[str, object]):
+        """The same crops, flips, colours and holes, so each image can be compared, not only the distribution.
+
+        FFCV decodes JPEG with turbojpeg's fast inverse transform, PIL with the exact one: half a level darker on the
+        mean, a few levels at most. Crops are then averaged over areas.
+        """
+        pytest.importorskip("ffcv")
+        ours, theirs = (epoch(load(photos, backend=b, **PHOTOS | changes)) for b in ("ffcv", "torch"))
+        assert [m.tolist() for _, m in ours] == [n.tolist() for _, n in theirs]
+        difference = torch.cat(
+            [levels(photos, x) - levels(photos, y) for (x, _), (y, _) in zip(ours, theirs, strict=True)]
+        )
+        assert difference.abs().max() < (12 if changes else 6)
+        assert difference.abs().mean() < (0.8 if changes else 0.4)
+        assert abs(difference.mean()) < 0.5
+
+    def test_eval_images_agree(self, photos: Path):
+        """Within a level where pixels are stored; where JPEG is, within what two inverse transforms may differ by."""
+        pytest.importorskip("ffcv")
+        ours, theirs = (
+            torch.cat([x for x, _ in epoch(load(photos, "val", backend=b, **PHOTOS))]) for b in ("ffcv", "torch")
+        )
+        difference = (levels(photos, ours) - levels(photos, theirs)).abs().amax(dim=(1, 2, 3))
+        from harness.data.beton import read_index
+
+        jpeg = torch.from_numpy(read_index(photos / "val.beton").modes == 0)
+        assert difference[~jpeg].max() < 1.01
+        assert difference[jpeg].max() < 5.01
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+class TestBatches:
+    def test_shape_type_layout_and_labels(self, digits: Path, backend: str):
+        loader = load(digits, backend=backend)
+        images, labels = epoch(loader)[0]
+        assert images.shape == (8, 3, 32, 32)
+        assert images.dtype == torch.float32
+        assert next(iter(load(digits, backend=backend).epoch(0)))[0].is_contiguous(memory_format=torch.channels_last)
+        assert labels.dtype == torch.int64
+        assert (loader.num_samples, loader.num_classes, len(loader)) == (1438, 10, 179)
+        assert loader.stack.startswith(backend)
+
+    def test_normalised_by_the_training_images(self, digits: Path, backend: str):
+        images = torch.cat([x for x, _ in epoch(load(digits, backend=backend, batch_size=2))])
+        assert torch.allclose(images.mean(dim=(0, 2, 3)), torch.zeros(3), atol=2e-3)
+        assert torch.allclose(images.std(dim=(0, 2, 3)), torch.ones(3), atol=2e-3)
+
+    def test_normalised_as_told(self, digits: Path, backend: str):
+        told = {"mean": (0.0, 10.0, 20.0), "std": (255.0, 255.0, 51.0)}
+        plain, moved = (epoch(load(digits, "val", backend=backend, **k))[0][0] for k in ({}, told))
+        expected = (levels(digits, plain) - torch.tensor(told["mean"]).view(3, 1, 1)) / torch.tensor(told["std"]).view(
+            3, 1, 1
+        )
+        assert torch.allclose(moved, expected, atol=1e-5)
+
+    @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+    def test_half_precision_is_the_rounded_full(self, digits: Path, backend: str, dtype: torch.dtype):
+        full, half = (epoch(load(digits, "val", backend=backend, dtype=t))[0][0] for t in (torch.float32, dtype))
+        assert half.dtype == dtype
+        assert torch.equal(half, full.to(dtype))
+
+    @pytest.mark.parametrize("skip", [0, 1, 5, 17, 18])
+    def test_an_epoch_goes_on_from_any_batch(self, photos: Path, backend: str, skip: int):
+        def loader() -> Loader:
+            return load(photos, backend=backend, batch_size=3, world=1, **PHOTOS)
+
+        whole = epoch(loader(), 4)
+        assert same(epoch(loader(), 4, skip), whole[skip:])
+
+    def test_the_same_again_and_other_epochs_other_images(self, photos: Path, backend: str):
+        loader = load(photos, backend=backend, **PHOTOS)
+        first, again, other = ([x.clone() for x, _ in loader.epoch(k)] for k in (0, 0, 1))
+        loader.close()
+        assert all(map(torch.equal, first, again))
+        assert not any(map(torch.equal, first, other))
+
+    def test_validation_counts_every_sample_once_over_ranks(self, digits: Path, backend: str):
+        loaders = [load(digits, "val", backend=backend, batch_size=50, rank=r, world=3) for r in range(3)]
+        labels = [torch.cat([m for _, m in epoch(loader)]) for loader in loaders]
+        assert [len(loader) for loader in loaders] == [3, 3, 3]
+        assert sum(map(len, labels)) == 359
+        assert tuple(torch.bincount(torch.cat(labels)).tolist()) == load_manifest(digits, "val").class_counts
+
+    def test_training_batches_are_equal_over_ranks_and_indices_name_their_samples(self, digits: Path, backend: str):
+        from harness.data.beton import read_index
+
+        stored = read_index(digits / "train.beton").labels
+        seen: list[int] = []
+        for rank in range(2):
+            loader = load(digits, backend=backend, batch_size=100, rank=rank, world=2)
+            batches = epoch(loader, 2)
+            assert [len(m) for _, m in batches] == [100] * 7
+            for number, (_, labels) in enumerate(batches):
+                indices = loader.indices(2, number)
+                assert stored[indices].tolist() == labels.tolist()
+                seen += indices
+        assert len(set(seen)) == len(seen) == 1400
+
+    def test_sizes_follow_the_schedule(self, photos: Path, backend: str):
+        schedule = ((0.0, 32), (0.5, 40), (0.75, 48))
+        loader = load(photos, backend=backend, epochs=8, **PHOTOS | {"resize_schedule": schedule})
+        sides = [next(iter(loader.epoch(number)))[0].shape[-1] for number in range(8)]
+        loader.close()
+        assert sides == [32] * 4 + [40] * 2 + [48] * 2
+        assert epoch(load(photos, "val", backend=backend, **PHOTOS | {"eval_image_size": 64}))[0][0].shape[-1] == 64
+
+    def test_stopping_early_leaves_no_thread(self, photos: Path, backend: str):
+        before = threading.active_count()
+        loader = load(photos, backend=backend, workers=1, **PHOTOS)
+        for number in range(5):
+            for _ in loader.epoch(number):
+                break
+        batches = loader.epoch(7)
+        next(batches)
+        loader.close()
+        del batches
+        assert threading.active_count() == before
+
+    def test_a_damaged_jpeg_is_named(self, damaged: tuple[Path, int], backend: str):
+        folder, sample = damaged
+        with pytest.raises(
+            UserError, match=rf"train.beton: the image of sample {sample} does not decode \(damaged JPEG\)"
+        ):
+            epoch(load(folder, backend=backend, **PHOTOS))
+
+
+@pytest.fixture
+def damaged(photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Path, int]:
+    """A copy with one JPEG cut short, and a manifest that does not know (as after `data write` on a failing disk)."""
+    import shutil
+
+    from harness.data import manifest
+    from harness.data.beton import read_index
+
+    folder = shutil.copytree(photos, tmp_path / "damaged")
+    index = read_index(folder / "train.beton")
+    sample = int(np.flatnonzero(index.modes == 0)[7])
+    with (folder / "train.beton").open("r+b") as file:
+        file.seek(int(index.offsets[sample]) + int(index.sizes[sample]) // 2)
+        file.write(bytes(int(index.sizes[sample]) // 2))
+    monkeypatch.setattr(manifest, "VERIFY_WHOLE_BYTES", 0)
+    return folder, sample
+
+
+class TestFFCV:
+    @pytest.fixture(autouse=True)
+    def _needs_ffcv(self):
+        pytest.importorskip("ffcv")
+
+    def test_batches_do_not_depend_on_the_number_of_threads(self, photos: Path):
+        one, three = (epoch(load(photos, workers=n, **PHOTOS)) for n in (1, 3))
+        assert same(one, three)
+
+    def test_streaming_delivers_what_mapping_does(self, pixels: Path):
+        options = PHOTOS | {"order": "quasi_random"}
+        for rank in range(2):
+            place = {"batch_size": 4, "rank": rank, "world": 2}
+            assert same(*(epoch(load(pixels, memory=m, **place, **options), 5) for m in ("cache", "stream")))
+
+    def test_streaming_holds_few_pages(self, pixels: Path):
+        loader = load(pixels, memory="stream", batch_size=4, **PHOTOS)
+        assert loader.order == "quasi_random"
+        batches = loader.epoch(0)
+        for _ in range(10):
+            next(batches)
+        storage = loader._backend._active.storage_state
+        assert 0 < len(storage._buffers) <= 3
+        batches.close()
+
+    def test_torchs_threads_are_left_alone(self, photos: Path):
+        before = torch.get_num_threads()
+        epoch(load(photos, workers=2, **PHOTOS))
+        assert torch.get_num_threads() == before
+
+    def test_an_error_in_the_thread_reaches_the_caller(self, photos: Path, monkeypatch: pytest.MonkeyPatch):
+        loader = load(photos, **PHOTOS)
+
+        def fail(*args: object) -> None:
+            raise ZeroDivisionError("in the loader's thread")
+
+        monkeypatch.setattr(type(loader._pipeline), "plan", fail)
+        with pytest.raises(ZeroDivisionError, match="in the loader's thread"):
+            epoch(loader)
+
+    def test_a_loader_that_stands_still_is_an_error(self, photos: Path, monkeypatch: pytest.MonkeyPatch):
+        release = threading.Event()
+        loader = open_data(config(photos, **PHOTOS), "train", batch_size=8, seed=0, stall_limit_s=1.0)
+        monkeypatch.setattr(type(loader._pipeline), "plan", lambda *args: release.wait())
+        try:
+            with pytest.raises(
+                UserError, match="the loader's thread made no batch for 1 s while it read .*train.beton"
+            ):
+                next(loader.epoch(0))
+        finally:
+            release.set()
+
+    def test_without_ffcv_the_message_says_what_to_do(self, photos: Path, monkeypatch: pytest.MonkeyPatch):
+        import sys
+
+        for name in [name for name in sys.modules if name.split(".")[0] == "ffcv"] + ["harness.data.ffcv_backend"]:
+            monkeypatch.delitem(sys.modules, name)
+        monkeypatch.setitem(sys.modules, "ffcv._libffcv", None)
+        with pytest.raises(
+            UserError, match=r"FFCV cannot be loaded here .*Build it with `make setup`, or set data.backend"
+        ):
+            load(photos)
+
+
+class TestSettings:
+    @pytest.mark.parametrize(
+        ("changes", "message"),
+        [
+            (
+                {"batch_size": 100},
+                r"has 60 images, less than one batch of 100 on each of 1 ranks: lower data.batch_size",
+            ),
+            (
+                {"augment": "translate"},
+                r"data.augment = 'translate' shifts .* data.image_size = 32, but .* different sizes",
+            ),
+            (
+                {"memory": "stream", "order": "random"},
+                r"data.order = 'random' reads train.beton all over, which streaming",
+            ),
+            ({"resize_schedule": ((0.0, 32),)}, r"resize_schedule needs the stage's number of epochs"),
+            ({"resize_schedule": ((0.5, 32), (0.0, 40)), "epochs": 4}, r"shares that begin at 0.0 and rise"),
+        ],
+    )
+    def test_impossible_ones(self, photos: Path, changes: dict[str, object], message: str):
+        with pytest.raises(UserError, match=message):
+            load(photos, backend="torch", **changes)
+
+    def test_shifts_want_images_of_the_output_size(self, digits: Path):
+        with pytest.raises(UserError, match=r"image_size = 28, but .*train.beton has images of 32 x 32 pixels"):
+            load(digits, augment="crop_flip", image_size=28, backend="torch")
+
+    def test_the_choice_of_memory_is_logged(self, photos: Path, caplog: pytest.LogCaptureFixture):
+        caplog.set_level(logging.INFO, "harness.data")
+        load(photos, backend="torch").close()
+        load(photos, backend="torch", memory="stream").close()
+        texts = [record.getMessage() for record in caplog.records]
+        assert texts[0].endswith("cached by the system, random order")
+        assert texts[1].endswith("data.memory = 'stream': streamed in pages, quasi-random order")
+        assert f"{os.path.getsize(photos / 'train.beton') / 2**30:.1f} GiB, memory" in texts[0]  # noqa: PTH202

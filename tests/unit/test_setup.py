@@ -1,11 +1,15 @@
 """Set-up scripts: what they find missing, what they say, and that they leave the machine as they found it."""
 
+import ast
+import importlib.metadata
 import os
 import subprocess
+import sys
 from contextlib import suppress
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
 
 from scripts import bootstrap, console, debian, services
 from scripts.console import SetupError, diagnose
@@ -208,11 +212,34 @@ def test_the_stamp_knows_what_matters(monkeypatch: pytest.MonkeyPatch, tmp_path:
     assert len({first, second, third, bootstrap.fingerprint()}) == 4
 
 
+def test_every_import_is_declared() -> None:
+    project = bootstrap.tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    wanted = [*project["dependencies"], *project["optional-dependencies"]["dev"], bootstrap.FFCV]
+    declared = {Requirement(text).name.lower() for text in wanted}
+    rooms = ("sbs", "harness", "sweeps", "slurm", "tests", "scripts")
+    imported: dict[str, str] = {}
+    for path in (path for room in rooms for path in (ROOT / room).rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Import):
+                imported |= {alias.name.split(".")[0]: str(path) for alias in node.names}
+            elif isinstance(node, ast.ImportFrom) and node.module:
+                imported[node.module.split(".")[0]] = str(path)
+    distributions = importlib.metadata.packages_distributions()
+    undeclared = {
+        name: path
+        for name, path in imported.items()
+        if name not in sys.stdlib_module_names
+        and name not in rooms
+        and not declared & {owner.lower() for owner in distributions.get(name, [])}
+    }
+    assert not undeclared
+
+
 def test_every_requirement_is_pinned() -> None:
     project = bootstrap.tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     lines = [line for line in (ROOT / "constraints.txt").read_text().splitlines() if not line.startswith("#")]
     pinned = {line.split("==")[0].lower().replace("_", "-") for line in lines}
     wanted = [*project["dependencies"], *project["optional-dependencies"]["dev"], bootstrap.FFCV, "setuptools"]
-    names = {requirement.split("[")[0].split("=")[0].split("<")[0].split(">")[0] for requirement in wanted}
+    names = {Requirement(text).name for text in wanted}
     assert names <= pinned
     assert all("==" in line and "+" not in line and "://" not in line for line in lines)

@@ -222,7 +222,8 @@ class StageLoop:
         while len(self._losses) > leave:
             loss, step, batch = self._losses.popleft()
             if not self._fault and not bool(torch.isfinite(loss)):
-                place = f"step {step}, batch {batch} of epoch {self.at.epoch}, rank {self.ranks.rank}"
+                images = list(self._loader.indices(self.at.epoch, batch))
+                place = f"step {step}, batch {batch} of epoch {self.at.epoch}, rank {self.ranks.rank}, images {images}"
                 self._fault = f"the loss is {loss.item()} in {self.job.stage} ({place})"
 
     def _give_up(self) -> None:

@@ -4,6 +4,7 @@ Every finished stage leaves stages/<stage>.pt under the key of all that it depen
 them; with a stage cache, so does another trial whose first stages are the same.
 """
 
+import json
 import logging
 import time
 from collections.abc import Callable
@@ -174,6 +175,7 @@ class _Trial:
         for path in paths:
             save(path, vars(outcome), key)
         context.record("checkpoint", 0, outcome.step, covers=outcome.seq)
+        context.last_checkpoint = paths[0]
         context.checkpoints.clear(stage)
 
     # Stages -------------------------------------------------------------------------------------------------------
@@ -219,7 +221,8 @@ class _Trial:
         scores = self.context.evaluate(net)
         seq = self.context.record("metrics", 0, before.step, scores.named("compress"))
         timings = before.timings_s | {"compress": time.monotonic() - begin_s}
-        return Outcome(to_cpu(net.state_dict()), policy.to_json(), before.step, seq, timings)
+        document = json.loads(json.dumps(policy.to_json()))  # as it comes back from a file: lists for tuples
+        return Outcome(to_cpu(net.state_dict()), document, before.step, seq, timings)
 
     def _finetune(self, before: Outcome) -> Outcome:
         return self._train("finetune", self._to_device(self._saved_net(before)), before)

@@ -1,0 +1,139 @@
+"""Each method's own promise about what comes out, on the tiny trial."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import sbs
+from harness import stages
+from harness.checkpoint import load_weights
+from harness.data import open_data
+from harness.run_dir import RunDir
+from tests.integration import tiny
+
+pytestmark = [pytest.mark.ffcv, pytest.mark.integration]
+QUICK = ("pretrain.epochs=1", "search.epochs=1", "finetune.epochs=1", "run.checkpoint_every_steps=null")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _eager():
+    sbs.use_compiled(False)
+    yield
+    sbs.use_compiled(True)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny.write_data(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture(scope="module")
+def finished(data: Path, tmp_path_factory: pytest.TempPathFactory):
+    """Result and folder of a method's quick trial, made once."""
+    made: dict[str, tuple[dict[str, Any], RunDir]] = {}
+
+    def trial(method: str) -> tuple[dict[str, Any], RunDir]:
+        if method not in made:
+            spec = tiny.spec(data, tmp_path_factory.mktemp(method), f"search.method={method}", *QUICK)
+            made[method] = stages.run(spec), RunDir(spec.run_dir)
+        return made[method]
+
+    return trial
+
+
+def inner(result: dict[str, Any]) -> list[dict[str, Any]]:
+    """All layers but the first and the last."""
+    return result["layers"][1:-1]
+
+
+def stages_of(run: RunDir) -> set[str]:
+    return {record["stage"] for record in run.metrics()}
+
+
+def test_full_precision_is_the_reference(finished: Any):
+    result, run = finished("full_precision")
+    assert stages_of(run) == {"pretrain", "report"}
+    assert result["bop_reduction"] == 1.0
+    assert {(layer["weight_bits"], layer["activation_bits"]) for layer in result["layers"]} == {(32, 32)}
+    # The reference network (32x32 images, 100 classes) has 40,818,944 MACs; at 16x16 its convolutions have a quarter,
+    # the classifier 64 x 8 instead of 64 x 100.
+    assert sum(layer["macs"] for layer in result["layers"]) == (40_818_944 - 6_400) // 4 + 64 * 8
+    assert not run.policy_path.exists()
+
+
+def test_uniform_networks_train_as_long_as_a_search_and_its_finetune(finished: Any):
+    result, run = finished("uniform_4")
+    assert stages_of(run) == {"pretrain", "compress", "finetune", "report"}
+    assert {(layer["weight_bits"], layer["activation_bits"]) for layer in inner(result)} == {(4, 4)}
+    assert (result["layers"][0]["weight_bits"], result["layers"][-1]["activation_bits"]) == (8, 8)
+    assert [r["epoch"] for r in run.metrics() if r["stage"] == "finetune" and r["kind"] == "metrics"] == [1, 2]
+    assert result["pruned_share"] == 0
+    assert 16 < result["bop_reduction"] < 64
+
+
+def test_quantise_only_keeps_every_channel(finished: Any):
+    result, run = finished("sbs_quant")
+    assert result["pruned_share"] == 0
+    assert result["mean_weight_bits"] < 8
+    assert {layer["weight_bits"] for layer in inner(result)} <= {2, 4, 8}
+    assert "gates/open_channel" not in run.metrics()[3]["metrics"]
+
+
+def test_prune_only_leaves_the_bits_at_32(finished: Any):
+    result, _ = finished("sbs_prune")
+    assert {(layer["weight_bits"], layer["activation_bits"]) for layer in result["layers"]} == {(32, 32)}
+    assert result["pruned_share"] > 0
+    assert result["bop_reduction"] > 1
+
+
+def test_result_is_what_its_files_say(finished: Any, data: Path):
+    result, run = finished("sbs")
+    recipe = tiny.recipe(data)
+    policy = sbs.Policy.load(run.policy_path)
+    net = sbs.compress(sbs.models.build("resnet20", 8), policy, example_input=torch.zeros(1, 3, 16, 16))
+    net.load_state_dict(load_weights(run.weights_path))
+    net.eval()
+    right = loss = count = 0.0
+    with torch.no_grad():
+        for images, labels in open_data(recipe.data, "val", batch_size=40, seed=0).epoch(0):
+            logits = net(images)
+            right += (logits.argmax(1) == labels).sum().item()
+            loss += F.cross_entropy(logits, labels, reduction="sum").item()
+            count += len(labels)
+    assert count == 40
+    assert result["top1"] == pytest.approx(100 * right / 40)
+    assert result["loss"] == pytest.approx(loss / 40, rel=1e-5)
+    bops = sum(layer["macs"] * layer["weight_bits"] * layer["activation_bits"] for layer in result["layers"])
+    assert result["gbops"] == pytest.approx(bops / 1e9)
+    assert result["params"] == sum(p.numel() for n, p in net.named_parameters() if not n.endswith("_clip"))
+    assert result["stack"]["loader"].startswith("ffcv 1.")
+
+
+def test_every_epoch_tells_the_figures_of_the_search(finished: Any):
+    _, run = finished("sbs")
+    search = next(r["metrics"] for r in run.metrics() if r["stage"] == "search" and r["kind"] == "metrics")
+    for name in [
+        "search/loss", "search/top1", "search/top5", "search/val_loss", "search/penalty", "search/lr", "gates/flips",
+        "gates/open_weight_8", "gates/open_activation_4", "gates/open_channel", "speed/images_per_s", "speed/step_s",
+        "speed/data_wait_share", "speed/peak_rss_bytes",
+    ]:  # fmt: skip
+        assert name in search
+
+
+def test_alternating_gradient_gives_each_side_its_turn(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    asked: list[str] = []
+    original = sbs.bop_penalty
+
+    def penalty(net: Any, gradient: str = "joint") -> torch.Tensor:
+        asked.append(gradient)
+        return original(net, gradient=gradient)
+
+    monkeypatch.setattr(sbs, "bop_penalty", penalty)
+    stages.run(tiny.spec(data, tmp_path, *QUICK))
+    assert asked == ["weights", "activations"] * 3
+    asked.clear()
+    stages.run(tiny.spec(data, tmp_path / "joint", "search.bop_gradient=joint", *QUICK))
+    assert asked == ["joint"] * 6

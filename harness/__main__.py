@@ -5,11 +5,13 @@ from typing import Annotated
 
 import typer
 
+from harness.data.cli import app as data_app
 from harness.doctor import doctor
 from harness.errors import run_cli
 
 app = typer.Typer(name="python -m harness", help=__doc__, no_args_is_help=True, pretty_exceptions_enable=False)
 app.command()(doctor)
+app.add_typer(data_app, name="data")
 
 RecipeArgument = Annotated[str, typer.Argument(help="A named recipe, or the path of a TOML file.")]
 SetOption = Annotated[list[str], typer.Option("--set", help="Override, e.g. --set search.lambda=0.3; repeatable.")]

@@ -20,7 +20,7 @@ def freeze(net: SuperNet) -> Policy:
     rows = {name: i for i, name in enumerate(net.searched)}
     weight = selected(net.weight_gates.open).tolist()
     activation = selected(net.activation_gates.open).tolist()
-    is_open = net.channel_gates.open
+    channels = net.channel_gates_of(net.channel_gates.open) if net.group_slices else []
     layers = []
     for info in net.graph.layers:
         bits = (net.space.first_last_bits,) * 2
@@ -28,10 +28,8 @@ def freeze(net: SuperNet) -> Policy:
             row = rows[info.name]
             bits = (net.space.weight_bits[weight[row]], net.space.activation_bits[activation[row]])
         kept = None
-        if info.group is not None and net.group_slices:
-            gate = net.channel_gate(info.group, is_open)
-            if bool((gate == 0).any()):
-                kept = tuple(int(c) for c in gate.nonzero().squeeze(1))
+        if info.group is not None and channels and bool((channels[info.group] == 0).any()):
+            kept = tuple(int(c) for c in channels[info.group].nonzero().squeeze(1))
         layers.append(LayerPolicy(info.name, *bits, kept))
     return Policy(type(net.model).__name__, net.graph.input_shape, tuple(layers))
 

@@ -124,6 +124,13 @@ def backward(
     return dx.to(operand.x.dtype), dscale, _chain(dots, bit_gates, slope), dgate
 
 
+def backward_with_codes(
+    operand: Operand, form: Form, grad: Tensor, grad_scale: Tensor, bit_gates: Tensor
+) -> tuple[tuple[Tensor, Tensor, Tensor, Tensor | None], Tensor]:
+    """`backward` and, as the gradient's type, `encode` in one pass."""
+    return backward(operand, form, grad, grad_scale, bit_gates), encode(operand, form, grad.dtype)
+
+
 def _chain(dots: list[Tensor], gates: Tensor, slope: Tensor) -> Tensor:
     """Gradients of the nested gated sum from the dot products of its offsets: Horner's scheme from the top."""
     if not dots:
@@ -156,9 +163,8 @@ class _Compiled:
         if not _Compiled.enabled or torch.compiler.is_compiling():
             return self.eager(*args)
         if self._compiled is None:
-            self._compiled = torch.compile(
-                self.eager, dynamic=True, fullgraph=True, recompile_limit=_GRAPHS, isolate_recompiles=True
-            )
+            options = {"recompile_limit": _GRAPHS, "isolate_recompiles": True}
+            self._compiled = torch.compile(self.eager, dynamic=True, fullgraph=True, **options)  # type: ignore[call-overload]
         try:
             return self._compiled(*args)
         except Exception as error:  # a broken tool chain raises many types, none of them the caller's fault
@@ -183,3 +189,4 @@ compiled_encode = _Compiled(encode)
 compiled_encode_with_sums = _Compiled(encode_with_sums)
 compiled_residual_sums = _Compiled(residual_sums)
 compiled_backward = _Compiled(backward)
+compiled_backward_with_codes = _Compiled(backward_with_codes)

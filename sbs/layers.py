@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from sbs.kernels import Form, GateMode
 from sbs.quantizer import LINEAR, Affine, QuantizedAffine, Side, convolution
 from sbs.space import FULL_PRECISION_BITS, levels
+from sbs.weights import WeightCodes, encode, moments
 
-_MIN_STD = 1e-8
 CLIP_FLOOR_SHARE = 1e-3
 
 
@@ -22,6 +22,7 @@ CLIP_FLOOR_SHARE = 1e-3
 class LayerContext:
     """The gates of one step for one layer; None where that side has nothing to choose or to gate."""
 
+    weight: WeightCodes | None = None
     weight_gates: Tensor | None = None
     weight_levels: Tensor | None = None
     activation_gates: Tensor | None = None
@@ -104,15 +105,17 @@ class QuantizedLayer(nn.Module):
             w = w.index_select(1, self.kept_in)
         return w.contiguous()
 
-    def weight_side(self) -> tuple[Side, Tensor]:
+    def _weight_side(self) -> tuple[Side, Tensor]:
         """The weight's side and its scale v_w * std, statistics detached and over the kept weights alone."""
         c = self.context
-        with torch.no_grad():
-            var, mean = torch.var_mean(self.kept_weight().detach(), correction=0)
-            std = var.sqrt().clamp_min(_MIN_STD)
-        grid = tuple(levels(b) for b in self.settings.weight_bits)
         selected = self._weight_levels if c.weight_levels is None else c.weight_levels
-        return Side(Form(True, GateMode.NONE, grid), selected, mean), self.weight_clip * std
+        quantized = c.weight
+        if quantized is None:
+            (mean,), (std,) = moments([self.kept_weight()])
+            scale = self.weight_clip * std
+            quantized = WeightCodes(mean, scale, encode([self.weight], [mean], [scale], [selected])[0])
+        form = Form(True, GateMode.NONE, tuple(levels(b) for b in self.settings.weight_bits))
+        return Side(form, selected, quantized.shift, codes=quantized.codes), quantized.scale
 
     def _activation_side(self) -> Side:
         c, s = self.context, self.settings
@@ -142,7 +145,7 @@ class QuantizedLayer(nn.Module):
     def _quantized(self, x: Tensor, affine: Affine, gate: Tensor | None) -> Tensor:
         c = self.context
         x_side = self._activation_side() if self.quantizes_activation else None
-        w_side, w_scale = self.weight_side() if self.quantizes_weight else (None, self._zero)
+        w_side, w_scale = self._weight_side() if self.quantizes_weight else (None, self._zero)
         x_gates = self._no_gates if c.activation_gates is None else c.activation_gates
         w_gates = self._no_gates if c.weight_gates is None else c.weight_gates
         y, sums = QuantizedAffine.apply(

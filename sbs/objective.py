@@ -10,7 +10,6 @@ from torch import Tensor, nn
 
 from sbs.errors import SbsError
 from sbs.gates import GateBank, effective_bits
-from sbs.graph import LayerInfo
 from sbs.layers import QuantizedLayer
 from sbs.supernet import SuperNet, clamp_clips
 
@@ -28,9 +27,8 @@ def bop_penalty(net: SuperNet, gradient: Gradient = "joint") -> Tensor:
         raise SbsError(f"gradient={gradient!r} is unknown; use one of {', '.join(GRADIENTS)}")
     weight = _bits(net, "weight", gradient in ("joint", "weights"))
     activation = _bits(net, "activation", gradient in ("joint", "activations"))
-    kept = _kept(net)
-    macs = torch.stack([_macs(info, kept, weight) for info in net.graph.layers])
-    return (macs * weight * activation).sum().log()
+    macs = net.macs(net.channel_gates.gates())
+    return (macs * weight * activation).sum().log().to(weight.dtype)
 
 
 def _bits(net: SuperNet, side: str, differentiable: bool) -> Tensor:
@@ -42,29 +40,8 @@ def _bits(net: SuperNet, side: str, differentiable: bool) -> Tensor:
         searched = effective_bits(gates, bits)
     else:
         searched = bank.open.new_full((len(net.searched),), float(bits[0]))
-    edge = [info.edge for info in net.graph.layers]
-    if not any(edge):
-        return searched
-    is_edge = torch.tensor(edge, device=searched.device)
-    result = searched.new_full((len(edge),), float(net.space.first_last_bits))
-    return result.masked_scatter(~is_edge, searched)
-
-
-def _kept(net: SuperNet) -> list[Tensor]:
-    if not net.group_slices:
-        return []
-    gates = net.channel_gates.gates()
-    return [net.channel_gate(i, gates).sum() for i in range(len(net.graph.groups))]
-
-
-def _macs(info: LayerInfo, kept: list[Tensor], like: Tensor) -> Tensor:
-    constant = float(info.positions * info.kernel_area)
-    gated = bool(kept)
-    outputs = kept[info.group] if gated and info.group is not None else like.new_tensor(float(info.out_channels))
-    if info.kind == "depthwise":
-        return constant * outputs
-    inputs = kept[info.source] * info.repeat if gated and info.source is not None else float(info.in_channels)
-    return constant * outputs * inputs / info.groups
+    padded = torch.cat([searched, searched.new_full((1,), float(net.space.first_last_bits))])
+    return padded[net.macs.searched_index]
 
 
 def param_groups(net: nn.Module) -> dict[str, list[nn.Parameter]]:

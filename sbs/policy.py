@@ -128,6 +128,8 @@ class Policy:
                 f"this release reads version {VERSION}"
             )
         try:
+            if not isinstance(document["layers"], list):
+                raise TypeError("`layers` must be a list with one entry per layer")
             layers = tuple(_layer_from_json(entry) for entry in document["layers"])
             return cls(str(document["model"]), tuple(int(n) for n in document["input_shape"]), layers)
         except KeyError as error:
@@ -152,10 +154,14 @@ class Policy:
 
 
 def _layer_from_json(entry: dict[str, Any]) -> LayerPolicy:
+    if not isinstance(entry, dict):
+        raise TypeError(f"`layers`: {entry!r} is not a table with name, weight_bits and activation_bits")
     unknown = set(entry) - {"name", "weight_bits", "activation_bits", "kept"}
     if unknown:
         raise ValueError(f"layer {entry.get('name')!r}: unknown key {min(unknown)!r}")
     kept = entry.get("kept")
+    if kept is not None and not (isinstance(kept, list) and all(type(c) is int for c in kept)):
+        raise ValueError(f"layer {entry.get('name')!r}: `kept` must be a list of channel indices")
     for key in ("weight_bits", "activation_bits"):
         if isinstance(entry[key], bool) or not isinstance(entry[key], int):
             raise ValueError(f"layer {entry.get('name')!r}: {key}={entry[key]!r} is not a whole number")
@@ -163,7 +169,7 @@ def _layer_from_json(entry: dict[str, Any]) -> LayerPolicy:
         str(entry["name"]),
         entry["weight_bits"],
         entry["activation_bits"],
-        None if kept is None else tuple(int(c) for c in kept),
+        None if kept is None else tuple(kept),
     )
 
 

@@ -5,7 +5,6 @@ evaluation and the compressed network agree bit for bit while partial sums stay 
 kept for the backward pass, where the codes are computed again.
 """
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -15,6 +14,7 @@ from torch import Tensor
 
 from sbs import kernels
 from sbs.kernels import Form, GateMode, Operand
+from sbs.memory import dense, like, memory_view, restore
 
 # float16 sums of 255 * 255 overflow: there codes are scaled by a power of two, which is exact
 _HALF_SHRINK = 2.0**-8
@@ -56,13 +56,14 @@ class Side:
     """How one operand is quantised in one call; everything but the two learnable inputs (scale, bit gates).
 
     levels: the selected 2**b - 1, 0-dim. shift: 0-dim, used where the form is signed.
-    collect: whether residual sums are wanted.
+    collect: whether residual sums are wanted. codes: the integer codes, where the caller has them already.
     """
 
     form: Form
     levels: Tensor
     shift: Tensor
     collect: bool = False
+    codes: Tensor | None = None
 
     def operand(self, x: Tensor, scale: Tensor, gate: Tensor | None) -> tuple[Operand, Form]:
         """The kernel's arguments for a dense `x`; the gate (C,) is left out where the form has no use for it."""
@@ -74,40 +75,6 @@ class Side:
 
     def _ungated(self) -> Form:
         return self.form._replace(mode=GateMode.NONE)
-
-
-def memory_view(x: Tensor, channels: bool) -> Tensor:
-    """A dense tensor's memory in order: flat, or (outer, channels, inner) where channel gates need it.
-
-    Not a view but an alias of the same storage: the compiler would otherwise make a graph for every shape of the base.
-    """
-    shape: tuple[int, ...] = (x.numel(),)
-    if channels and x.is_contiguous():
-        shape = (x.shape[0], x.shape[1], x[0, 0].numel())
-    elif channels:
-        shape = (x.numel() // x.shape[1], x.shape[1], 1)
-    stride = [math.prod(shape[i + 1 :]) for i in range(len(shape))]
-    return x.new_empty(0).set_(x.untyped_storage(), x.storage_offset(), shape, stride)
-
-
-def _restore(view: Tensor, like: Tensor) -> Tensor:
-    if like.is_contiguous():
-        return view.view(like.shape)
-    n, c, h, w = like.shape
-    return view.view(n, h, w, c).permute(0, 3, 1, 2)
-
-
-def _dense(x: Tensor) -> Tensor:
-    if x.is_contiguous() or (x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last)):
-        return x
-    return x.contiguous()
-
-
-def _like(x: Tensor, like: Tensor) -> Tensor:
-    """`x` in the memory order of `like`."""
-    if like.is_contiguous():
-        return x.contiguous()
-    return x.contiguous(memory_format=torch.channels_last)
 
 
 def _compute_dtype(x: Tensor, sides: list[Side | None]) -> torch.dtype:
@@ -131,6 +98,9 @@ def _encode(
     # statistics are not wanted here, and their gate changes no code
     gate = None if side.form.mode is GateMode.STATISTICS else gate
     operand, form = side.operand(x, scale, gate)
+    if side.codes is not None:
+        unit = operand.scale / operand.levels
+        return (side.codes * _HALF_SHRINK).to(dtype) if dtype == torch.float16 else side.codes.to(dtype), unit
     return _finish(kernels.compiled_encode(operand, form, dtype), x, operand)
 
 
@@ -147,7 +117,7 @@ def _finish(codes: Tensor, x: Tensor, operand: Operand) -> tuple[Tensor, Tensor]
     unit = operand.scale / operand.levels
     if codes.dtype == torch.float16:
         codes, unit = codes * _HALF_SHRINK, unit / _HALF_SHRINK
-    return _restore(codes, x), unit
+    return restore(codes, x), unit
 
 
 class QuantizedAffine(torch.autograd.Function):
@@ -171,7 +141,7 @@ class QuantizedAffine(torch.autograd.Function):
         w_side: Side | None,
     ) -> tuple[Tensor, Tensor | None]:
         """x (N, C, ...), w (O, I, ...) -> y (N, O, ...), sums (K - 1,) or None."""
-        x, w = _dense(x), _dense(w)
+        x, w = dense(x), dense(w)
         dtype = _compute_dtype(x, [x_side, w_side])
         sums = None
         if x_side is not None and x_side.collect:
@@ -193,14 +163,21 @@ class QuantizedAffine(torch.autograd.Function):
         """Gradients of x, w, the scales, the bit gates and the channel gate."""
         x, w, x_scale, w_scale, x_gates, w_gates, channel_gate, w_codes, x_unit, w_unit = ctx.saved_tensors
         affine, x_side, w_side, dtype = ctx.statics
-        x_codes, _ = _encode(x, x_side, x_scale, channel_gate, dtype)
         need = ctx.needs_input_grad
         x_needed = need[0] or need[2] or need[4] or need[6]
         w_needed = need[1] or need[3] or need[5]
+        dy = grads[0].to(dtype)
+        given = _Input(x, x_side, x_scale, x_gates, channel_gate)
         with torch.autocast(x.device.type, enabled=False):
-            dx_codes, dw_codes = affine.backward(grads[0].to(dtype), x_codes, w_codes, [x_needed, w_needed])
-        del x_codes
-        dx, dx_scale, dx_gates, dgate = _backward(dx_codes, w_unit, _Input(x, x_side, x_scale, x_gates, channel_gate))
+            if x_needed:
+                # the gradient of the input does not depend on its values, only on its shape and memory order
+                dx_codes, _ = affine.backward(dy, torch.empty_like(x, dtype=dtype), w_codes, [True, False])
+                assert dx_codes is not None
+                (dx, dx_scale, dx_gates, dgate), x_codes = _backward_with_codes(dx_codes, w_unit, given)
+            else:
+                dx = dx_scale = dx_gates = dgate = None
+                x_codes, _ = _encode(x, x_side, x_scale, channel_gate, dtype)
+            _, dw_codes = affine.backward(dy, x_codes, w_codes, [False, w_needed])
         dw, dw_scale, dw_gates, _ = _backward(dw_codes, x_unit, _Input(w, w_side, w_scale, w_gates, None))
         return dx, dw, dx_scale, dw_scale, dx_gates, dw_gates, dgate, None, None, None
 
@@ -215,17 +192,35 @@ class _Input(NamedTuple):
     channel_gate: Tensor | None
 
 
-def _backward(
-    grad: Tensor | None, grad_scale: Tensor, given: _Input
-) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+Gradients = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]
+
+
+def _backward(grad: Tensor | None, grad_scale: Tensor, given: _Input) -> Gradients:
     """Gradients of (x, scale, bit gates, channel gate) from the gradient of its codes."""
     if grad is None:
         return None, None, None, None
-    x, side = given.x, given.side
-    if side is None:
-        return (grad * grad_scale).to(x.dtype), None, None, None
+    if given.side is None:
+        return (grad * grad_scale).to(given.x.dtype), None, None, None
+    operand, form, flat = _operand(grad, given, given.side)
+    dx, dscale, dgates, dgate = kernels.compiled_backward(operand, form, flat, grad_scale, given.bit_gates.detach())
+    return restore(dx, given.x), dscale.to(given.scale.dtype), dgates, dgate
+
+
+def _backward_with_codes(grad: Tensor, grad_scale: Tensor, given: _Input) -> tuple[Gradients, Tensor]:
+    """`_backward`, and the codes, which are not kept from the forward pass."""
+    if given.side is None:
+        return _backward(grad, grad_scale, given), given.x.to(grad.dtype)
+    operand, form, flat = _operand(grad, given, given.side)
+    (dx, dscale, dgates, dgate), codes = kernels.compiled_backward_with_codes(
+        operand, form, flat, grad_scale, given.bit_gates.detach()
+    )
+    if codes.dtype == torch.float16:
+        codes = codes * _HALF_SHRINK
+    gradients = restore(dx, given.x), dscale.to(given.scale.dtype), dgates, dgate
+    return gradients, restore(codes, given.x)
+
+
+def _operand(grad: Tensor, given: _Input, side: Side) -> tuple[Operand, Form, Tensor]:
     gate = None if side.form.mode is GateMode.STATISTICS else given.channel_gate
-    operand, form = side.operand(x, given.scale, gate)
-    grad = memory_view(_like(grad, x), operand.gate is not None)
-    dx, dscale, dgates, dgate = kernels.compiled_backward(operand, form, grad, grad_scale, given.bit_gates.detach())
-    return _restore(dx, x), dscale.to(given.scale.dtype), dgates, dgate
+    operand, form = side.operand(given.x, given.scale, gate)
+    return operand, form, memory_view(like(grad, given.x), operand.gate is not None)

@@ -6,14 +6,15 @@ from collections.abc import Iterator
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sbs.gates import MOMENTUM, GateBank, decide, selected
+from sbs.gates import HYSTERESIS, MOMENTUM, GateBank, decide, selected
 from sbs.graph import NetworkGraph, analyze
-from sbs.kernels import GateMode, compiled_residual_sums
+from sbs.kernels import GateMode
 from sbs.layers import LayerContext, QuantConv2d, QuantizedLayer, QuantLinear, QuantSettings, from_float
-from sbs.space import SearchSpace, levels
+from sbs.mac_table import MacTable
+from sbs.space import FULL_PRECISION_BITS, SearchSpace, levels
+from sbs.weights import WeightCodes, encode, moments, statistics
 
 # r is at most half a coarse step: r**2 / (s**2 / 12) <= 3
 MAX_BIT_STATISTIC = 3.0
@@ -52,11 +53,27 @@ class SuperNet(nn.Module):
         self.group_slices = _slices(graph, space) if space.prune else ()
         total = self.group_slices[-1][1] if self.group_slices else 0
         self.channel_gates = GateBank(total, maximum=math.inf).to(device)
+        self._index_channels(device)
+        self.macs = MacTable(graph, self._group_sizes, self.group_slices).to(device)
+        self._rows = {name: i for i, name in enumerate(searched)}
+        self._moments_cache: tuple[list[tuple[int, int]], tuple[list[Tensor], list[Tensor]]] | None = None
         for side in ("weight", "activation"):
             bits = getattr(space, f"{side}_bits")
             steps = torch.tensor([float(levels(b)) for b in bits], device=device)
             self.register_buffer(f"_{side}_steps", steps, persistent=False)
         self.register_load_state_dict_post_hook(lambda module, _: module.refresh_kept())
+
+    def _index_channels(self, device: torch.device) -> None:
+        """Buffers that map channels to their group's gate, and gates to their ChannelGroup."""
+        channel_index, sizes, layer_index = [], [], []
+        for i, (start, stop) in enumerate(self.group_slices):
+            channels = torch.arange(self.graph.groups[i].channels) // self.space.group_size
+            channel_index.append(channels + start)
+            sizes.append(channels.bincount())
+            layer_index.append(torch.full((stop - start,), i))
+        empty = torch.zeros(0, dtype=torch.int64)
+        for name, parts in (("_channel_index", channel_index), ("_group_sizes", sizes), ("_layer_index", layer_index)):
+            self.register_buffer(name, torch.cat([empty, *parts]).to(device), persistent=False)
 
     def layers(self) -> Iterator[tuple[str, QuantConv2d | QuantLinear]]:
         """Name and module of every quantised layer, in order of execution."""
@@ -75,34 +92,27 @@ class SuperNet(nn.Module):
                 layer.context = LayerContext()
         return output
 
-    def channel_gate(self, group: int, gates: Tensor) -> Tensor:
-        """Gate per channel (channels,) of a ChannelGroup from the vector of all group gates."""
-        start, stop = self.group_slices[group]
-        channels = self.graph.groups[group].channels
-        return gates[start:stop].repeat_interleave(self.space.group_size)[:channels]
+    def channel_gates_of(self, gates: Tensor) -> list[Tensor]:
+        """Gate per channel of every ChannelGroup from the vector of all group gates."""
+        return list(gates[self._channel_index].split([g.channels for g in self.graph.groups]))
 
     def _set_contexts(self) -> None:
+        layers = [layer for _, layer in self.layers()]
+        weights = self._weight_codes()
         weight, activation = self._bit_contexts("weight"), self._bit_contexts("activation")
-        channels = self.channel_gates.gates() if self.group_slices else None
-        rows = {name: i for i, name in enumerate(self.searched)}
-        gate_of: dict[int, Tensor] = {}
-        for info in self.graph.layers:
-            layer = self.model.get_submodule(info.name)
-            assert isinstance(layer, QuantizedLayer)
-            row, gate = rows.get(info.name), None
-            if channels is not None and layer.settings.gate_mode is not GateMode.NONE:
-                group = info.group if layer.settings.gate_mode is GateMode.STATISTICS else info.source
-                assert group is not None
-                if group not in gate_of:
-                    gate_of[group] = self.channel_gate(group, channels)
-                gate = gate_of[group]
-                if layer.settings.gate_mode is GateMode.STATISTICS:
-                    gate = gate.detach()
-                elif info.repeat > 1:
-                    gate = gate.repeat_interleave(info.repeat)
+        channels = self.channel_gates_of(self.channel_gates.gates()) if self.group_slices else None
+        for info, layer in zip(self.graph.layers, layers, strict=True):
+            gate = None
+            if channels is not None and layer.settings.gate_mode is GateMode.STATISTICS:
+                assert info.group is not None
+                gate = channels[info.group].detach()
+            elif channels is not None and info.source is not None:
+                gate = channels[info.source]
+                gate = gate if info.repeat == 1 else gate.repeat_interleave(info.repeat)
+            row = self._rows.get(info.name)
             wg, wl = (None, None) if row is None else weight[row]
             ag, al = (None, None) if row is None else activation[row]
-            layer.context = LayerContext(wg, wl, ag, al, gate, collect=self.training)
+            layer.context = LayerContext(weights.get(info.name), wg, wl, ag, al, gate, collect=self.training)
 
     def _bit_contexts(self, side: str) -> list[tuple[Tensor | None, Tensor | None]]:
         bank: GateBank = getattr(self, f"{side}_gates")
@@ -111,7 +121,33 @@ class SuperNet(nn.Module):
         chosen = getattr(self, f"_{side}_steps")[selected(bank.open)]
         return list(zip(bank.gates().unbind(0), chosen.unbind(0), strict=True))
 
+    def _weight_codes(self) -> dict[str, WeightCodes]:
+        """Codes of every searched layer's weight at its selected bit-width, all layers together."""
+        layers = self._searched_layers()
+        if not layers or self.space.weight_bits == (FULL_PRECISION_BITS,):
+            return {}
+        means, stds = self._moments(layers)
+        scales = [layer.weight_clip * std for layer, std in zip(layers, stds, strict=True)]
+        steps = self._weight_steps[selected(self.weight_gates.open)].unbind(0)
+        codes = encode([layer.weight for layer in layers], means, scales, steps)
+        return {name: WeightCodes(*c) for name, *c in zip(self.searched, means, scales, codes, strict=True)}
+
+    def _moments(self, layers: list[QuantizedLayer]) -> tuple[list[Tensor], list[Tensor]]:
+        """Mean and deviation of the kept weights, computed once for each state of weights and gates."""
+        # an in-place update raises the version; a move to another device changes the address
+        state = [(layer.weight._version, layer.weight.data_ptr()) for layer in layers]  # noqa: SLF001
+        cached = self._moments_cache
+        if cached is None or cached[0] != state:
+            cached = (state, moments([layer.kept_weight() for layer in layers]))
+            self._moments_cache = cached
+        return cached[1]
+
     # -- after each optimiser step
+
+    _channel_index: Tensor
+    _group_sizes: Tensor
+    _layer_index: Tensor
+    _weight_steps: Tensor
 
     @torch.no_grad()
     def after_step(self) -> None:
@@ -162,23 +198,34 @@ class SuperNet(nn.Module):
 
     @torch.no_grad()
     def _update_weight_statistics(self) -> None:
-        bank = self.weight_gates
-        if bank.thresholds.numel() == 0:
+        if self.weight_gates.thresholds.numel() == 0:
             return
-        rows = [weight_statistic(layer) for layer in self._searched_layers()]
-        bank.statistic.copy_(torch.stack(rows))
+        layers = self._searched_layers()
+        means, stds = self._moments(layers)
+        scales = [layer.weight_clip * std for layer, std in zip(layers, stds, strict=True)]
+        grid = tuple(levels(b) for b in self.space.weight_bits)
+        kept = [layer.kept_weight() for layer in layers]
+        self.weight_gates.statistic.copy_(statistics(kept, means, scales, grid))
 
     @torch.no_grad()
     def _update_channel_statistics(self) -> None:
-        for group, (start, stop) in zip(self.graph.groups, self.group_slices, strict=False):
-            weight = self.model.get_parameter(f"{group.root}.weight")
-            self.channel_gates.statistic[start:stop] = group_statistic(weight, self.space.group_size)
+        if not self.group_slices:
+            return
+        roots = [self.model.get_parameter(f"{group.root}.weight") for group in self.graph.groups]
+        per_channel = torch.cat([w.detach().abs().flatten(1).mean(dim=1) for w in roots])
+        bank = self.channel_gates
+        groups = torch.zeros_like(bank.statistic).index_add_(
+            0, self._channel_index, per_channel.to(bank.statistic.dtype)
+        )
+        groups /= self._group_sizes
+        layer_means = torch.stack([groups[start:stop].mean() for start, stop in self.group_slices])
+        bank.statistic.copy_(groups / layer_means[self._layer_index].clamp_min(torch.finfo(groups.dtype).tiny))
 
     @torch.no_grad()
     def _decide_channels(self) -> None:
         """Decide the channel gates; where more than max_prune_share would close, the ones nearest to opening stay open.
 
-        Thresholds end between 0 and the layer's largest statistic. One transfer to the host and back for all groups.
+        Thresholds end between 0 and just above the layer's largest statistic. One transfer to the host and back.
         """
         bank = self.channel_gates
         if not self.group_slices:
@@ -186,7 +233,8 @@ class SuperNet(nn.Module):
         statistic, thresholds, is_open = torch.stack([bank.statistic, bank.thresholds, bank.open]).cpu()
         for start, stop in self.group_slices:
             part = slice(start, stop)
-            thresholds[part].clamp_(max=float(statistic[part].max()))
+            # beyond the band, or the group with the largest statistic could never close
+            thresholds[part].clamp_(max=float(statistic[part].max()) + 2 * HYSTERESIS)
             margin = statistic[part] - thresholds[part]
             wanted = decide(margin, is_open[part])
             closed = (wanted == 0).nonzero().squeeze(1)
@@ -205,8 +253,10 @@ class SuperNet(nn.Module):
         if not self.group_slices:
             return
         # one transfer to the host per step for all groups
+        self._moments_cache = None
         is_open = self.channel_gates.open.cpu()
-        kept = [_kept_channels(self.channel_gate(i, is_open)) for i in range(len(self.graph.groups))]
+        gates = is_open[self._channel_index.cpu()].split([g.channels for g in self.graph.groups])
+        kept = [_kept_channels(gate) for gate in gates]
         for info in self.graph.layers:
             layer = self.model.get_submodule(info.name)
             assert isinstance(layer, QuantizedLayer)
@@ -242,6 +292,7 @@ def gate_mode(graph: NetworkGraph, name: str) -> GateMode:
     return GateMode.AFTER if info.signed else GateMode.BEFORE
 
 
+@torch.no_grad()
 def clamp_clips(model: nn.Module) -> None:
     """Keep every clip at or above 1e-3 of its start (ours)."""
     layers = [m for m in model.modules() if isinstance(m, QuantizedLayer)]
@@ -249,24 +300,6 @@ def clamp_clips(model: nn.Module) -> None:
     floors = [f for m in layers for f in (m.weight_clip_floor, m.activation_clip_floor)]
     if clips:
         torch._foreach_maximum_(clips, floors)
-
-
-def weight_statistic(layer: QuantizedLayer) -> Tensor:
-    """mean(r**2) / (s**2 / 12) over the kept weights for every bit step: (K - 1,)."""
-    kept = layer.kept_weight().detach()
-    side, scale = layer.weight_side()
-    sums: Tensor = compiled_residual_sums(*side.operand(kept, scale, None))
-    return sums / kept.numel()
-
-
-def group_statistic(weight: Tensor, group_size: int) -> Tensor:
-    """mean|W_c| / mean over groups of mean|W_c| for every group of output channels: (groups,), raw weights."""
-    per_channel = weight.detach().abs().flatten(1).mean(dim=1)
-    count = math.ceil(len(per_channel) / group_size)
-    missing = count * group_size - len(per_channel)
-    groups = F.pad(per_channel, (0, missing)).view(count, group_size).sum(dim=1) / group_size
-    groups[-1] *= group_size / (group_size - missing)
-    return groups / groups.mean().clamp_min(torch.finfo(groups.dtype).tiny)
 
 
 def _slices(graph: NetworkGraph, space: SearchSpace) -> tuple[tuple[int, int], ...]:

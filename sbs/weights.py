@@ -1,0 +1,103 @@
+"""Weights of many layers at once: moments, codes and gate statistics in a handful of calls for the whole network.
+
+Weights are small tensors, and a network has many: per-layer calls would cost more than the arithmetic. Large ones go
+through the compiled kernels one by one; the results are the same to the bit.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from sbs import kernels
+from sbs.kernels import Form, GateMode, Operand
+from sbs.memory import dense, memory_view, restore
+
+_MIN_STD = 1e-8
+# above this many elements one fused pass beats the batched element-wise ones
+_LARGE = 2**16
+
+
+@dataclass(frozen=True)
+class WeightCodes:
+    """One layer's quantised weight: standardising shift (the mean), scale v_w * std, and signed codes 2k - n."""
+
+    shift: Tensor
+    scale: Tensor
+    codes: Tensor
+
+
+def moments(kept: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+    """Mean and standard deviation (population) of every tensor, 0-dim each, detached."""
+    with torch.no_grad():
+        tensors = [w.detach() for w in kept]
+        means = [w.mean() for w in tensors]
+        norms = torch._foreach_norm(torch._foreach_sub(tensors, means))
+        stds = torch._foreach_mul(norms, [1 / math.sqrt(w.numel()) for w in tensors])
+        torch._foreach_clamp_min_(stds, _MIN_STD)
+    return means, list(stds)
+
+
+def encode(
+    weights: Sequence[Tensor], shifts: Sequence[Tensor], scales: Sequence[Tensor], levels: Sequence[Tensor]
+) -> list[Tensor]:
+    """Signed codes 2k - n of every weight, in the weights' type and memory order."""
+    with torch.no_grad():
+        result: list[Tensor | None] = [None] * len(weights)
+        small = []
+        for i, w in enumerate(weights):
+            if w.numel() < _LARGE:
+                small.append(i)
+                continue
+            tensor = dense(w.detach())
+            operand = Operand(memory_view(tensor, False), None, shifts[i], scales[i].detach(), levels[i])
+            form = Form(True, GateMode.NONE, (1,))
+            result[i] = restore(kernels.compiled_encode(operand, form, tensor.dtype), tensor)
+        if small:
+            chosen = [levels[i] for i in small]
+            z = _normalized([weights[i] for i in small], [shifts[i] for i in small], [scales[i] for i in small])
+            torch._foreach_mul_(z, chosen)
+            torch._foreach_round_(z)
+            torch._foreach_mul_(z, 2)
+            torch._foreach_sub_(z, chosen)
+            for i, codes in zip(small, z, strict=True):
+                result[i] = codes
+    return [codes for codes in result if codes is not None]
+
+
+def statistics(
+    kept: Sequence[Tensor], shifts: Sequence[Tensor], scales: Sequence[Tensor], grid: tuple[int, ...]
+) -> Tensor:
+    """mean(r**2) / (s**2 / 12) of every kept weight for every step of `grid` but the last: (layers, K - 1)."""
+    with torch.no_grad():
+        small = [i for i, w in enumerate(kept) if w.numel() < _LARGE]
+        rows: dict[int, Tensor] = {}
+        for i, w in enumerate(kept):
+            if w.numel() >= _LARGE:
+                operand = Operand(memory_view(w.detach(), False), None, shifts[i], scales[i].detach(), shifts[i])
+                sums: Tensor = kernels.compiled_residual_sums(operand, Form(True, GateMode.NONE, grid))
+                rows[i] = sums / w.numel()
+        if small:
+            z = _normalized([kept[i] for i in small], [shifts[i] for i in small], [scales[i] for i in small])
+            columns = []
+            for n in grid[:-1]:
+                scaled = torch._foreach_mul(z, n)
+                torch._foreach_sub_(scaled, torch._foreach_round(scaled))
+                norms = torch.stack(list(torch._foreach_norm(scaled)))
+                count = norms.new_tensor([float(kept[i].numel()) for i in small])
+                columns.append(12 * norms.square() / count)
+            rows.update(zip(small, torch.stack(columns, dim=1).unbind(0), strict=True))
+        return torch.stack([rows[i] for i in range(len(kept))])
+
+
+def _normalized(weights: list[Tensor], shifts: list[Tensor], scales: list[Tensor]) -> list[Tensor]:
+    """z = (clip((w - shift) / scale, -1, 1) + 1) / 2 of every weight, as in kernels.encode."""
+    z = list(torch._foreach_sub([w.detach() for w in weights], shifts))
+    torch._foreach_div_(z, [s.detach() for s in scales])
+    torch._foreach_clamp_min_(z, -1)
+    torch._foreach_clamp_max_(z, 1)
+    torch._foreach_add_(z, 1)
+    torch._foreach_mul_(z, 0.5)
+    return z

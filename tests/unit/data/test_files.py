@@ -32,8 +32,8 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
+@pytest.mark.ffcv
 def test_ffcv_reads_the_same_tables(folder: Path):
-    pytest.importorskip("ffcv")
     from ffcv.fields import IntField, RGBImageField
     from ffcv.reader import Reader
 

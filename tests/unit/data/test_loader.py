@@ -15,8 +15,7 @@ from harness.data.manifest import load_manifest
 from harness.errors import UserError
 from tests.unit.data.samples import config
 
-FFCV = pytest.param("ffcv", marks=pytest.mark.skipif("not __import__('importlib.util').util.find_spec('ffcv')"))
-BACKENDS = [FFCV, "torch"]
+BACKENDS = [pytest.param("ffcv", marks=pytest.mark.ffcv), "torch"]
 PHOTOS = {"image_size": 48, "augment": "resized_crop_flip", "eval_crop_share": 0.875}
 
 
@@ -52,10 +51,10 @@ def same(a: list[tuple[Tensor, Tensor]], b: list[tuple[Tensor, Tensor]]) -> bool
     )
 
 
+@pytest.mark.ffcv
 class TestAgreement:
     @pytest.mark.parametrize("split", ["train", "val"])
     def test_raw_pixels_without_resizing_agree_bit_by_bit(self, digits: Path, split: str):
-        pytest.importorskip("ffcv")
         ours, theirs = (epoch(load(digits, split, backend=b, augment="crop_flip"), 3) for b in ("ffcv", "torch"))
         assert same(ours, theirs)
 
@@ -66,7 +65,6 @@ class TestAgreement:
         FFCV decodes JPEG with turbojpeg's fast inverse transform, PIL with the exact one: half a level darker on the
         mean, a few levels at most. Crops are then averaged over areas.
         """
-        pytest.importorskip("ffcv")
         ours, theirs = (epoch(load(photos, backend=b, **PHOTOS | changes)) for b in ("ffcv", "torch"))
         assert [m.tolist() for _, m in ours] == [n.tolist() for _, n in theirs]
         difference = torch.cat(
@@ -78,7 +76,6 @@ class TestAgreement:
 
     def test_eval_images_agree(self, photos: Path):
         """Within a level where pixels are stored; where JPEG is, within what two inverse transforms may differ by."""
-        pytest.importorskip("ffcv")
         ours, theirs = (
             torch.cat([x for x, _ in epoch(load(photos, "val", backend=b, **PHOTOS))]) for b in ("ffcv", "torch")
         )
@@ -204,11 +201,8 @@ def damaged(photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tu
     return folder, sample
 
 
+@pytest.mark.ffcv
 class TestFFCV:
-    @pytest.fixture(autouse=True)
-    def _needs_ffcv(self):
-        pytest.importorskip("ffcv")
-
     def test_batches_do_not_depend_on_the_number_of_threads(self, photos: Path):
         one, three = (epoch(load(photos, workers=n, **PHOTOS)) for n in (1, 3))
         assert same(one, three)

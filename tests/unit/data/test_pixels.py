@@ -61,7 +61,6 @@ def test_colours_are_those_of_pil(factors: tuple[float, float, float]):
 
 
 def compiled(images: list[np.ndarray], plan: Plan, size: int, table: np.ndarray) -> np.ndarray:
-    pytest.importorskip("ffcv")
     from harness.data.ffcv_backend import FUNCTIONS
     from harness.data.kernel import render as kernel
 
@@ -82,6 +81,7 @@ BOXES = [
 ]  # fmt: skip
 
 
+@pytest.mark.ffcv
 @pytest.mark.parametrize("recoloured", [False, True])
 def test_the_kernel_does_what_numpy_does(recoloured: bool):
     images = [picture(40, 30, seed) for seed in range(len(BOXES))]
@@ -100,6 +100,7 @@ def test_the_kernel_does_what_numpy_does(recoloured: bool):
     assert recoloured or difference[copied].max() == 0
 
 
+@pytest.mark.ffcv
 def test_the_kernel_looks_numbers_up():
     image = picture(16, 16, 2)
     plan = Plan(np.array([[0, 0, 16, 16]], np.int32), np.zeros(1, np.uint8), None, np.zeros((1, 4), np.int32))

@@ -1,0 +1,3 @@
+from tests.unit.data.conftest import digits
+
+__all__ = ["digits"]

@@ -219,6 +219,8 @@ class _Analysis:
         """Walk on from a tensor of `channels` (each `repeat` features wide); sets found.stays at a barrier."""
         for user in node.users:
             m, call = self._module(user), self._call(user)
+            if not self._is_tensor(user) and user.op != "output":
+                continue  # x.size() and the like: what is made of it is a reshape, judged there
             if isinstance(m, nn.Conv2d) and m.groups > 1:
                 if m.groups == m.in_channels == m.out_channels:
                     found.followers.append(str(user.target))
@@ -243,10 +245,13 @@ class _Analysis:
 
     def _keeps_channels(self, node: fx.Node) -> bool:
         m, call = self._module(node), self._call(node)
-        if not self._is_tensor(node):
-            return call in _SHAPE_CALLS
         if m is not None:
             return isinstance(m, (*_NONNEGATIVE, *_SIGNED, *_TRANSPARENT))
+        if call in _MEANS:
+            return _is_spatial_mean(node)
+        if call in {"view", "reshape", torch.reshape}:
+            # sizes in figures would name the unpruned channel count
+            return len(node.args) == 3 and bool(node.args[2] == -1)
         return call in _NONNEGATIVE_CALLS | _SIGNED_CALLS | _TRANSPARENT_CALLS | _MEANS
 
     def _groups(self) -> tuple[list[ChannelGroup], dict[str, tuple[int, int]], dict[str, int]]:
@@ -308,6 +313,14 @@ _SUPPORTED = (
     "networks are made of Conv2d, Linear, batch or group norm, element-wise activations, pooling, dropout, "
     "flatten and addition. Replace it, or keep that part outside the compressed network"
 )
+
+
+def _is_spatial_mean(node: fx.Node) -> bool:
+    """Whether a mean of an (N, C, H, W) tensor runs over H and W alone."""
+    dims = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim")
+    dims = dims if isinstance(dims, tuple | list) else (dims,)
+    before = node.all_input_nodes[0].meta.get("tensor_meta")
+    return before is not None and len(before.shape) == 4 and all(d in {2, 3, -1, -2} for d in dims)
 
 
 def _check_conv(name: str, m: nn.Conv2d) -> None:

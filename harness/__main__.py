@@ -33,5 +33,22 @@ def train(
     work(recipe, overrides, run_dir, ray)
 
 
+@app.command()
+def cost(
+    *,
+    model: Annotated[str, typer.Option(help="A model of the zoo, e.g. resnet18.")],
+    policy: Annotated[Path | None, typer.Option(help="A policy.json; without it full precision, 32/32 bits.")] = None,
+    convention: Annotated[str, typer.Option(help="mac_product or uniq.")] = "mac_product",
+    classes: Annotated[int | None, typer.Option(help="Outputs [default: 1000, or 100 for the CIFAR models].")] = None,
+    image_size: Annotated[int | None, typer.Option(help="Pixels [default: 224, or 32 for the CIFAR models].")] = None,
+    explain: Annotated[bool, typer.Option("--explain", help="Say how the figures come about.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Count MACs, bit-operations, parameters and bytes of a network, layer by layer and in all."""
+    from harness.cost_cli import cost as work
+
+    work(model, policy, convention=convention, classes=classes, image_size=image_size, explain=explain, as_json=as_json)
+
+
 if __name__ == "__main__":
     run_cli(app)

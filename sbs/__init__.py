@@ -5,6 +5,7 @@ from sbs.calibrate import calibrate
 from sbs.convert import compress, freeze
 from sbs.cost import CostReport, LayerCost, cost
 from sbs.errors import SbsError
+from sbs.export import export, load_exported
 from sbs.kernels import use_compiled
 from sbs.objective import after_step, bop_penalty, param_groups, telemetry
 from sbs.policy import LayerPolicy, Policy
@@ -24,7 +25,9 @@ __all__ = [
     "calibrate",
     "compress",
     "cost",
+    "export",
     "freeze",
+    "load_exported",
     "models",
     "param_groups",
     "prepare",

@@ -7,16 +7,17 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from harness import data
+from harness import data, ray_cluster
 from harness.config import Recipe, TrialSpec
 from harness.progress import Board
+from harness.ray_cluster import Node
 from harness.run_dir import RunDir, write_json
 from harness.settings import EXIT_PREEMPTED
 from harness.tracking.mirror import Mirror, Place
 from harness.tracking.store import Status, Store, default_uri
-from sweeps import cluster, folder, outcome
+from sweeps import folder, outcome
 from sweeps.plan import Plan, Planner, finished, unfinished
-from sweeps.resources import Demand, Node, concurrency
+from sweeps.resources import Demand, concurrency
 from sweeps.space import Space
 from sweeps.stopping import GraceOver, StopRequest
 from sweeps.trial import run_trial
@@ -59,7 +60,11 @@ class Sweep:
 
 def prepare(space: Space, base: Recipe, runs_dir: Path) -> Sweep:
     """Plan a sweep and refuse what cannot work, before anything heavy starts. Raises `UserError`."""
-    nodes = None if cluster.uses_existing_cluster() else tuple(cluster.local_nodes(gpus=base.run.gpus_per_worker > 0))
+    nodes = (
+        None
+        if ray_cluster.uses_existing_cluster()
+        else tuple(ray_cluster.local_nodes(gpus=base.run.gpus_per_worker > 0))
+    )
     if nodes is not None:  # before any data is written; the points may ask for more and are looked at again below
         concurrency(Demand.of(base), nodes, space.name)
     path = (runs_dir / space.name).resolve()
@@ -137,7 +142,8 @@ class _Wave:
             try:
                 with ExitStack() as stack:
                     with self.clock.measuring("Ray start"):
-                        nodes = stack.enter_context(cluster.joined(self.sweep.nodes))
+                        nodes = stack.enter_context(ray_cluster.joined(self.sweep.nodes))
+                        self.stop.listen()
                     settings = TuneSettings(
                         self.sweep.at_once(nodes),
                         self.sweep.space,

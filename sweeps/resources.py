@@ -6,14 +6,7 @@ from dataclasses import dataclass
 
 from harness.config import Recipe
 from harness.errors import UserError
-
-
-@dataclass(frozen=True)
-class Node:
-    """One machine's CPUs and GPUs as the cluster counts them."""
-
-    cpus: float
-    gpus: float = 0.0
+from harness.ray_cluster import Node
 
 
 @dataclass(frozen=True)

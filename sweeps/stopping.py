@@ -15,6 +15,7 @@ from harness.settings import LEAVE_SIGNALS
 
 GRACE_S = 60
 """How long trials may take to write their checkpoints before the driver leaves without waiting."""
+_NUMBERS = (*LEAVE_SIGNALS, signal.SIGINT)
 
 
 class GraceOver(BaseException):
@@ -48,15 +49,20 @@ class StopRequest:
     @contextmanager
     def listening(self) -> Iterator[None]:
         """Take the signals while inside; `GraceOver` comes `GRACE_S` after the first, or with a second Ctrl-C."""
-        numbers = (*LEAVE_SIGNALS, signal.SIGINT)
-        before = {number: signal.signal(number, self._asked) for number in numbers}
-        before[signal.SIGALRM] = signal.signal(signal.SIGALRM, self._over)
+        before = {number: signal.getsignal(number) for number in (*_NUMBERS, signal.SIGALRM)}
+        self.listen()
         try:
             yield
         finally:
             signal.alarm(0)
             for number, handler in before.items():
                 signal.signal(number, handler)
+
+    def listen(self) -> None:
+        """Take the signals; again after Ray has started, which takes SIGTERM for itself."""
+        for number in _NUMBERS:
+            signal.signal(number, self._asked)
+        signal.signal(signal.SIGALRM, self._over)
 
     def _asked(self, number: int, frame: FrameType | None) -> None:
         del frame

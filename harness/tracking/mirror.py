@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from harness.run_dir import RunDir, parse_records, read_json, write_json
-from harness.tracking import record
+from harness.tracking import picture, record
 from harness.tracking.store import Status, Store, StoreError
 
 ARTIFACTS = ("config.json", "provenance.json", "policy.json", "result.json", "error.json", "layers.png")
@@ -221,6 +221,7 @@ def _finish(store: Store, trial: _Trial, config: dict[str, Any], records: Sequen
         store.log(run_id, record.final_samples(result, records))
         store.log_texts(run_id, {"layers.csv": record.layer_csv(layers)})
         store.log_table(run_id, "layers.json", record.layer_table(layers))
+        picture.ensure(run)
     store.log_files(run_id, [run.path / name for name in ARTIFACTS if (run.path / name).is_file()])
     store.log(run_id, tags=record.tags(run, config))
     span = record.span_ms(records)

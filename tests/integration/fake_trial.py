@@ -1,7 +1,7 @@
 """A trial that writes what a real one writes, without training: scheduling, tracking and tables are tested with it.
 
-`python -m tests.integration.fake_trial SPACE OUT [NAME]` runs a sweep of such trials through the real Ray Tune pipeline.
-A trial looks at files in the folder above the sweep: `hold` (work until it is gone), `fail-<label>` (raise).
+`python -m tests.integration.fake_trial SPACE OUT` runs a sweep of such trials through the real Ray Tune pipeline.
+A trial looks at files in the OUT folder: `hold` (work until it is gone), `fail-<label>`, `crash-<label>`.
 """
 
 import os
@@ -32,9 +32,10 @@ def expected(spec: TrialSpec) -> dict:
         for name in LAYERS
     ]  # fmt: skip
     return {
-        "schema": 1, "key": spec.key, "label": spec.label, "model": spec.recipe.model.name, "seed": spec.recipe.run.seed,
-        "data": spec.recipe.data.source, "method": search.method, "lambda": search.lambda_,
-        "top1": 98.0 - 2.0 * strength - (32.0 - bits) / 100.0 - 0.1 * spec.recipe.run.seed, "top5": 100.0, "loss": 0.125,
+        "schema": 1, "key": spec.key, "label": spec.label, "model": spec.recipe.model.name,
+        "data": spec.recipe.data.source,
+        "seed": spec.recipe.run.seed, "method": search.method, "lambda": search.lambda_,
+        "top1": 98 - 2 * strength - (32 - bits) / 100 - 0.1 * spec.recipe.run.seed, "top5": 100.0, "loss": 0.125,
         "gbops": gbops, "bop_reduction": 40.0 / gbops, "mean_weight_bits": bits, "mean_activation_bits": bits,
         "pruned_share": strength / 10.0, "params": 1000, "bytes": 4000, "convention": "mac_product", "layers": layers,
         "timings_s": {"pretrain": 0.01, "search": 0.02},

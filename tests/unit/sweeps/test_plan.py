@@ -87,8 +87,8 @@ def test_another_data_set_is_another_configuration(tmp_path: Path):
 
 
 def test_one_driver_at_a_time(tmp_path: Path):
+    second = folder.held(tmp_path / "s")
     with folder.held(tmp_path / "s"), pytest.raises(UserError, match="another `sweeps run` works in"):
-        with folder.held(tmp_path / "s"):
-            pass
+        second.__enter__()
     with folder.held(tmp_path / "s"):
         pass

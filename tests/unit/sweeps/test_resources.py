@@ -2,7 +2,8 @@ import pytest
 
 from harness.config import load_recipe
 from harness.errors import UserError
-from sweeps.resources import Demand, Node, concurrency, places
+from harness.ray_cluster import Node
+from sweeps.resources import Demand, concurrency, places
 
 
 @pytest.mark.parametrize(

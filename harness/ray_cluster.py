@@ -1,4 +1,4 @@
-"""The Ray cluster of a sweep: the one that RAY_ADDRESS names, or a private one on this machine while it lasts."""
+"""A Ray cluster to run on: the one that RAY_ADDRESS names, or a private one on this machine while it lasts."""
 
 import os
 import secrets
@@ -6,10 +6,10 @@ import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 from harness.errors import UserError
-from sweeps.resources import Node
 
 # How Train and Tune behave, on any cluster. A worker group may start slowly on a busy machine: with the default of 60 s
 # Train would start over for ever.
@@ -37,6 +37,14 @@ LONGEST_TEMP = 40
 """Characters of the temporary folder beyond which Ray's socket paths would exceed the system's limit of 107 bytes."""
 _TOKEN = secrets.token_hex(32)
 """One for the life of this process, since Ray reads it once."""
+
+
+@dataclass(frozen=True)
+class Node:
+    """One machine's CPUs and GPUs as the cluster counts them."""
+
+    cpus: float
+    gpus: float = 0.0
 
 
 def local_nodes(*, gpus: bool) -> list[Node]:

@@ -6,6 +6,7 @@ kept for the backward pass, where the codes are computed again.
 """
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -89,6 +90,11 @@ def _compute_dtype(x: Tensor, sides: list[Side | None]) -> torch.dtype:
     return dtype if exact else torch.float32
 
 
+def _as_given(kind: str) -> AbstractContextManager[object]:
+    """A region where operands keep the type they have; entering one costs time, so only under autocast."""
+    return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()
+
+
 def _encode(
     x: Tensor, side: Side | None, scale: Tensor, gate: Tensor | None, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
@@ -149,7 +155,7 @@ class QuantizedAffine(torch.autograd.Function):
         else:
             x_codes, x_unit = _encode(x, x_side, x_scale, channel_gate, dtype)
         w_codes, w_unit = _encode(w, w_side, w_scale, None, dtype)
-        with torch.autocast(x.device.type, enabled=False):
+        with _as_given(x.device.type):
             y = affine.forward(x_codes, w_codes)
         y.mul_(x_unit * w_unit)
         ctx.save_for_backward(x, w, x_scale, w_scale, x_gates, w_gates, channel_gate, w_codes, x_unit, w_unit)
@@ -168,7 +174,7 @@ class QuantizedAffine(torch.autograd.Function):
         w_needed = need[1] or need[3] or need[5]
         dy = grads[0].to(dtype)
         given = _Input(x, x_side, x_scale, x_gates, channel_gate)
-        with torch.autocast(x.device.type, enabled=False):
+        with _as_given(x.device.type):
             if x_needed:
                 # the gradient of the input does not depend on its values, only on its shape and memory order
                 dx_codes, _ = affine.backward(dy, torch.empty_like(x, dtype=dtype), w_codes, [True, False])

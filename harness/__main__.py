@@ -9,7 +9,9 @@ from harness.data.cli import app as data_app
 from harness.doctor import doctor
 from harness.errors import run_cli
 
-app = typer.Typer(name="python -m harness", help=__doc__, no_args_is_help=True, pretty_exceptions_enable=False)
+app = typer.Typer(
+    name="python -m harness", help=__doc__, no_args_is_help=True, pretty_exceptions_enable=False, add_completion=False
+)
 app.command()(doctor)
 app.add_typer(data_app, name="data")
 
@@ -21,7 +23,7 @@ SetOption = Annotated[list[str], typer.Option("--set", help="Override, e.g. --se
 def train(
     recipe: RecipeArgument,
     overrides: SetOption = [],  # noqa: B006 - typer copies it
-    run_dir: Annotated[Path | None, typer.Option(help="Folder of the run [default: runs/<label>-<key>].")] = None,
+    run_dir: Annotated[Path | None, typer.Option(help="Folder of the run (default: runs/LABEL-KEY).")] = None,
     ray: Annotated[bool, typer.Option("--ray", help="Use Ray Train with run.workers ranks.")] = False,
 ) -> None:
     """Train one trial: pretrain, search, compress, finetune, report. Run again, it goes on where it stopped.

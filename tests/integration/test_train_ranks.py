@@ -1,0 +1,106 @@
+"""Several ranks: torchrun and Ray Train give the same bits, whoever is killed on the way."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from harness.run_dir import RunDir
+from tests.integration import tiny
+from tests.integration.test_train_resume import trace
+from tests.integration.waiting import command_line, descendants, kill, running, wait_for
+
+pytestmark = [pytest.mark.ffcv, pytest.mark.integration]
+ONE_THREAD = {"OMP_NUM_THREADS": "1"}
+EPOCHS = ("pretrain.epochs=3", "search.epochs=12", "finetune.epochs=3")
+
+
+@pytest.fixture(scope="module")
+def recipe_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    data = tiny.write_data(tmp_path_factory.mktemp("tiny"))
+    path = data.parent / "tiny.toml"
+    dataset = f'[data]\nsource = "imagefolder:{data.parent}/images"\ndir = "{data}"\n'
+    path.write_text(tiny.RECIPE.replace("[data]\n", dataset).replace("[run]\n", "[run]\nworkers = 2\n"))
+    return path
+
+
+def train(recipe_file: Path, run_dir: Path, *options: str) -> list[str]:
+    sets = [part for override in EPOCHS for part in ("--set", override)]
+    return ["-m", "harness", "train", str(recipe_file), *sets, "--run-dir", str(run_dir), *options]
+
+
+def torchrun(recipe_file: Path, run_dir: Path) -> list[str]:
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    return launcher + train(recipe_file, run_dir)
+
+
+def finish(command: list[str], log: Path) -> None:
+    with running(command, log, ONE_THREAD) as process:
+        assert process.wait(150) == 0, log.read_text()
+
+
+@pytest.fixture(scope="module")
+def undisturbed(recipe_file: Path, tmp_path_factory: pytest.TempPathFactory) -> RunDir:
+    folder = tmp_path_factory.mktemp("torchrun")
+    finish(torchrun(recipe_file, folder / "run"), folder / "log")
+    return RunDir(folder / "run")
+
+
+def epochs_done(run: RunDir, stage: str) -> int:
+    return sum(r["kind"] == "metrics" and r["stage"] == stage for r in run.metrics())
+
+
+def starts(run: RunDir) -> int:
+    return len(json.loads(run.provenance_path.read_text())["starts"]) if run.provenance_path.exists() else 0
+
+
+@pytest.mark.timeout(300)
+def test_torchrun_with_a_killed_rank_goes_on_when_run_again(recipe_file: Path, tmp_path: Path, undisturbed: RunDir):
+    run = RunDir(tmp_path / "run")
+    with running(torchrun(recipe_file, run.path), tmp_path / "log", ONE_THREAD) as launcher:
+        wait_for(lambda: epochs_done(run, "search") >= 2, 120, "search under torchrun")
+        ranks = [pid for pid in descendants(launcher.pid) if "-m harness train" in command_line(pid)]
+        kill(next(pid for pid in ranks if pid != main_rank(run)))
+        assert launcher.wait(60) != 0
+    assert run.result() is None
+    finish(torchrun(recipe_file, run.path), tmp_path / "log")
+    assert starts(run) == 2
+    assert trace(run) == trace(undisturbed)
+
+
+def workers_of(driver: subprocess.Popen[bytes]) -> list[int]:
+    return [pid for pid in descendants(driver.pid) if "RayTrainWorker" in command_line(pid)]
+
+
+def main_rank(run: RunDir) -> int:
+    return int((run.path / "lock").read_text().split()[1])
+
+
+@pytest.mark.ray
+@pytest.mark.timeout(400)
+def test_ray_train_gives_torchruns_bits_though_workers_and_driver_are_killed(
+    recipe_file: Path, tmp_path: Path, undisturbed: RunDir
+):
+    run, log = RunDir(tmp_path / "run"), tmp_path / "log"
+    command = [sys.executable, *train(recipe_file, run.path, "--ray")]
+    with running(command, log, ONE_THREAD) as driver:
+        wait_for(lambda: epochs_done(run, "search") >= 2, 120, "search under Ray Train")
+        before = epochs_done(run, "search")
+        kill(next(pid for pid in workers_of(driver) if pid != main_rank(run)))
+        wait_for(lambda: starts(run) == 2 and epochs_done(run, "search") > before, 90, "a group after a rank died")
+        before = epochs_done(run, "search")
+        kill(main_rank(run))
+        wait_for(lambda: starts(run) == 3 and epochs_done(run, "search") > before, 90, "a group after rank 0 died")
+        head = [pid for pid in descendants(driver.pid) if "gcs_server" in command_line(pid)]
+        assert len(head) == 1
+        kill(*head, driver.pid)
+    assert run.result() is None
+    finish(command, log)
+    assert starts(run) == 4
+    assert trace(run) == trace(undisturbed)
+    result = run.result()
+    assert result is not None
+    assert result["stack"]["launcher"].startswith("ray.train 2.")
+    assert (result["stack"]["world_size"], result["stack"]["backend"]) == (2, "gloo")

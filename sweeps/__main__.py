@@ -8,7 +8,7 @@ import typer
 from harness.errors import UserError, run_cli
 from harness.settings import DEFAULT_RUNS_DIR
 
-app = typer.Typer(name="python -m sweeps", help=__doc__, no_args_is_help=True, pretty_exceptions_enable=False)
+app = typer.Typer(name="python -m sweeps", help=__doc__, no_args_is_help=True, pretty_exceptions_enable=False, add_completion=False)
 
 OutOption = Annotated[Path, typer.Option("--out", help="Folder of all runs; the store lies in it too.")]
 
@@ -67,6 +67,18 @@ def pareto(
     frontier = outcome.from_folders(folders) if folders else outcome.from_store(store, experiments)
     outcome.write(frontier, out)
     outcome.show_table(frontier)
+
+
+@app.command()
+def compare(
+    first: Annotated[str, typer.Argument(help="A trial: its directory, or its identity or label under --runs.")],
+    second: Annotated[str, typer.Argument(help="Another one.")],
+    runs: Annotated[Path, typer.Option(help="Folder of all runs.")] = Path(DEFAULT_RUNS_DIR),
+) -> None:
+    """Show two trials layer by layer: bits, kept channels, BOPs."""
+    from sweeps.compare import find, show
+
+    show(find(first, runs).result() or {}, find(second, runs).result() or {})
 
 
 def main() -> None:

@@ -68,11 +68,11 @@ class Side:
 
     def operand(self, x: Tensor, scale: Tensor, gate: Tensor | None) -> tuple[Operand, Form]:
         """The kernel's arguments for a dense `x`; the gate (C,) is left out where the form has no use for it."""
-        # the kernels are compiled for what they read: requires_grad would only multiply the graphs
+        # the kernels are compiled for what they read: requires_grad and the offsets of slices would multiply the graphs
         x, scale = x.detach(), scale.detach()
         if gate is None or self.form.mode is GateMode.NONE:
             return Operand(memory_view(x, False), None, self.shift, scale, self.levels), self._ungated()
-        return Operand(memory_view(x, True), gate.detach().view(1, -1, 1), self.shift, scale, self.levels), self.form
+        return Operand(memory_view(x, True), gate.detach().clone().view(1, -1, 1), self.shift, scale, self.levels), self.form
 
     def _ungated(self) -> Form:
         return self.form._replace(mode=GateMode.NONE)
@@ -208,7 +208,7 @@ def _backward(grad: Tensor | None, grad_scale: Tensor, given: _Input) -> Gradien
     if given.side is None:
         return (grad * grad_scale).to(given.x.dtype), None, None, None
     operand, form, flat = _operand(grad, given, given.side)
-    dx, dscale, dgates, dgate = kernels.compiled_backward(operand, form, flat, grad_scale, given.bit_gates.detach())
+    dx, dscale, dgates, dgate = kernels.compiled_backward(operand, form, flat, grad_scale, given.bit_gates.detach().clone())
     return restore(dx, given.x), dscale.to(given.scale.dtype), dgates, dgate
 
 
@@ -218,7 +218,7 @@ def _backward_with_codes(grad: Tensor, grad_scale: Tensor, given: _Input) -> tup
         return _backward(grad, grad_scale, given), given.x.to(grad.dtype)
     operand, form, flat = _operand(grad, given, given.side)
     (dx, dscale, dgates, dgate), codes = kernels.compiled_backward_with_codes(
-        operand, form, flat, grad_scale, given.bit_gates.detach()
+        operand, form, flat, grad_scale, given.bit_gates.detach().clone()
     )
     if codes.dtype == torch.float16:
         codes = codes * _HALF_SHRINK

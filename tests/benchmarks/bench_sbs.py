@@ -1,0 +1,193 @@
+"""One training step of the search beside full precision, uniform 4/4 training and the written-out chain.
+
+One thread on the CPU, channels_last, random images. The four variants take turns within each round, and ratios are
+taken within a round. Memory is what one step holds at its peak: parameters, buffers and momentum, and on top of them
+the largest sum of live allocations that the profiler counts (gradients and activations among them).
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.profiler import ProfilerActivity, profile
+
+import sbs
+from tests.benchmarks.measure import Row, estimate, seconds
+from tests.numerics import oracle
+
+ROUNDS = 9
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@dataclass(frozen=True)
+class Case:
+    """One network at one resolution; `steps` of one variant make one measurement; the limits are for the search."""
+
+    model: str
+    size: int
+    batch: int
+    steps: int
+    must: float
+    wanted: float
+
+
+CASES = (
+    Case("resnet20", 32, 64, 3, must=1.25, wanted=1.15),
+    Case("resnet18", 112, 16, 1, must=1.25, wanted=1.15),
+    Case("mobilenetv2", 112, 16, 1, must=1.6, wanted=1.35),
+)
+MEMORY_MUST, MEMORY_WANTED, CHAIN_MUST = 1.3, 1.15, 0.55
+COLD_MUST_S, WARM_MUST_S = 30.0, 2.0
+
+
+@dataclass
+class Variant:
+    """A network in training, and all that one optimiser step of it does."""
+
+    net: nn.Module
+    images: Tensor
+    labels: Tensor
+    search: bool = False
+    autocast: bool = False
+    optimizer: torch.optim.Optimizer = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.net.train()
+        self.optimizer = torch.optim.SGD(self.net.parameters(), lr=1e-3, momentum=0.9)
+        self.parity = 0
+
+    def step(self) -> None:
+        """Forward, backward, update; in a search with the BOP penalty, in any of ours with after_step."""
+        self.optimizer.zero_grad()
+        with torch.autocast(self.images.device.type, dtype=torch.bfloat16, enabled=self.autocast):
+            loss = F.cross_entropy(self.net(self.images).float(), self.labels)
+        if self.search:
+            self.parity = 1 - self.parity
+            loss = loss + 0.1 * sbs.bop_penalty(self.net, gradient=("weights", "activations")[self.parity])
+        loss.backward()
+        self.optimizer.step()
+        sbs.after_step(self.net)
+
+    def static_bytes(self) -> int:
+        """Parameters, buffers and momentum."""
+        tensors = [*self.net.parameters(), *self.net.buffers()]
+        tensors += [v for s in self.optimizer.state.values() for v in s.values() if isinstance(v, Tensor)]
+        return sum(t.numel() * t.element_size() for t in tensors)
+
+
+def variants(case: Case, device: str = "cpu", *, autocast: bool = False) -> dict[str, Variant]:
+    """The four rows of the table, from the same weights."""
+    torch.manual_seed(0)
+    model = sbs.models.build(case.model, 100).to(device, memory_format=torch.channels_last)
+    x = torch.randn(case.batch, 3, case.size, case.size, device=device).to(memory_format=torch.channels_last)
+    y = torch.randint(0, 100, (case.batch,), device=device)
+    policy = sbs.Policy.uniform(model, x, 4, 4)
+    search = sbs.prepare(model, sbs.SearchSpace(), x)
+    sbs.calibrate(search, [x])
+    state = model.state_dict()
+    chain = sbs.models.build(case.model, 100).to(device, memory_format=torch.channels_last)
+    chain.load_state_dict(state)
+    nets = {
+        "full precision": model,
+        "uniform 4/4": sbs.compress(model, policy, example_input=x, calibration=[x]),
+        "written-out chain": oracle.chain_network(chain).to(device),
+        "search": search,
+    }
+    return {n: Variant(net, x, y, search=n == "search", autocast=autocast) for n, net in nets.items()}
+
+
+def rounds(work: dict[str, Callable[[], object]], count: int = ROUNDS, warmup: int = 2) -> dict[str, list[float]]:
+    """Seconds of every variant in every round; the order turns by one from round to round."""
+    names = list(work)
+    times: dict[str, list[float]] = {name: [] for name in names}
+    for r in range(-warmup, count):
+        for name in names[r % len(names) :] + names[: r % len(names)]:
+            taken = seconds(work[name])
+            if r >= 0:
+                times[name].append(taken)
+    return times
+
+
+def peak_bytes(variant: Variant) -> int:
+    """Peak of one step on the CPU, by the profiler's record of every allocation and release."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
+        variant.step()
+    assert recorded.profiler is not None
+    events = [e for e in recorded.profiler.kineto_results.events() if e.name() == "[memory]"]
+    live = peak = 0
+    for event in sorted(events, key=lambda e: e.start_ns()):
+        live += event.nbytes()
+        peak = max(peak, live)
+    return variant.static_bytes() + peak
+
+
+def table(case: Case, times: dict[str, list[float]], peaks: dict[str, int]) -> Iterator[Row]:
+    """The rows of one case: figures without a limit first, then the ratios that have one."""
+    title = f"{case.model} {case.size} px"
+    base = "full precision"
+    for name, taken in times.items():
+        yield Row(f"{title}: step, {name}", estimate([1e3 * t / case.steps for t in taken]), math.inf, "ms")
+        yield Row(f"{title}: peak, {name}", peaks[name] / 2**20, math.inf, "MiB")
+
+    def over(name: str, other: str) -> list[float]:
+        return [a / b for a, b in zip(times[name], times[other], strict=True)]
+
+    yield Row(f"{title}: uniform 4/4 / {base}", estimate(over("uniform 4/4", base)), math.inf, "x")
+    yield Row(f"{title}: chain / {base}", estimate(over("written-out chain", base)), math.inf, "x")
+    yield Row(f"{title}: search / {base}", estimate(over("search", base)), case.must, "x", wanted=case.wanted)
+    yield Row(f"{title}: search / chain", estimate(over("search", "written-out chain")), CHAIN_MUST, "x")
+    memory = peaks["search"] / peaks[base]
+    yield Row(f"{title}: peak memory, search / {base}", memory, MEMORY_MUST, "x", wanted=MEMORY_WANTED)
+
+
+def _repeat(variant: Variant, steps: int) -> Callable[[], None]:
+    def work() -> None:
+        for _ in range(steps):
+            variant.step()
+
+    return work
+
+
+COMPILATION = """
+import time, torch, sbs
+from tests.benchmarks.bench_sbs import CASES, variants
+torch.set_num_threads(1)
+step = variants(CASES[0])["search"].step
+times = []
+for _ in range(3):
+    start = time.perf_counter()
+    step()
+    times.append(time.perf_counter() - start)
+print(times[0] + times[1] - 2 * times[2])
+"""
+
+
+def compilation_s(cache: str) -> float:
+    """Seconds by which the first two steps of a fresh process are longer than its third."""
+    environment = os.environ | {"TORCHINDUCTOR_CACHE_DIR": cache}
+    command = [sys.executable, "-c", COMPILATION]
+    return float(subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True).stdout)
+
+
+def rows() -> Iterator[Row]:
+    """ResNet-20, ResNet-18 and MobileNetV2 on the CPU, then what compilation costs."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    for case in CASES:
+        made = variants(case)
+        times = rounds({name: _repeat(v, case.steps) for name, v in made.items()})
+        yield from table(case, times, {name: peak_bytes(v) for name, v in made.items()})
+    torch.set_num_threads(threads)
+    with tempfile.TemporaryDirectory() as cache:
+        yield Row("compilation of the search step, cold", compilation_s(cache), COLD_MUST_S, "s")
+        yield Row("compilation of the search step, from its cache", compilation_s(cache), WARM_MUST_S, "s")

@@ -1,4 +1,4 @@
-"""The compiled kernels compute what the eager ones do, with one graph per kind of tensor, under autocast, or not at all."""
+"""The compiled kernels compute what the eager ones do, with few graphs, under autocast, or not at all."""
 
 from __future__ import annotations
 

@@ -1,7 +1,9 @@
 """submitit's executors, so far as this project needs them otherwise than they are."""
 
 import contextlib
+import os
 import signal
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -61,16 +63,25 @@ def start_local(submission: Submission) -> str:
         "setup": submission.profile.node.setup,
     }
     executor.update_parameters(**settings)
-    with _ignored(signal.SIGINT, signal.SIGHUP):  # the controller outlives this terminal; `cancel` ends it in order
+    with _detached(submission.log_folder / "controller.out"):
         return str(executor.submit(Launch(str(submission.folder), 0)).job_id)
 
 
 @contextlib.contextmanager
-def _ignored(*numbers: signal.Signals) -> Iterator[None]:
-    """Ignore signals here, and for good in processes started meanwhile."""
-    before = {number: signal.signal(number, signal.SIG_IGN) for number in numbers}
+def _detached(log: Path) -> Iterator[None]:
+    """Processes started meanwhile outlive this terminal and hold none of its pipes; `cancel` ends them in order."""
+    handlers = {number: signal.signal(number, signal.SIG_IGN) for number in (signal.SIGINT, signal.SIGHUP)}
+    sys.stdout.flush()
+    sys.stderr.flush()
+    outputs = [os.dup(1), os.dup(2)]
     try:
+        with log.open("ab") as file:
+            os.dup2(file.fileno(), 1)
+            os.dup2(file.fileno(), 2)
         yield
     finally:
-        for number, handler in before.items():
+        for place, output in enumerate(outputs, 1):
+            os.dup2(output, place)
+            os.close(output)
+        for number, handler in handlers.items():
             signal.signal(number, handler)

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from slurm.files import refresh
-from slurm.records import Submission
+from slurm.records import Submission, finished
 from slurm.status import TaskStatus, look
 
 _POLL_S = 0.5
@@ -30,11 +30,12 @@ def follow(
     while True:
         position = copy_from(path, position, out)
         now = time.monotonic()
-        if now >= next_look:
+        just_ended = not status.over and finished(submission.task_folder(index)) is not None
+        if now >= next_look or just_ended:
             next_look = now + _LOOK_EVERY_S
             status = status_of(submission, index)
-            if tell is not None and (status.state, status.lives) != told:
-                told = (status.state, status.lives)
+            if tell is not None and (status.state, max(status.lives, 1)) != told:
+                told = (status.state, max(status.lives, 1))
                 tell(status)
         if status.over:
             over_since = over_since or now

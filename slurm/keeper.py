@@ -7,6 +7,7 @@ It needs the standard library only and starts in milliseconds.
 """
 
 import os
+import select
 import shutil
 import signal
 import sys
@@ -17,6 +18,7 @@ MARK = "SBS_SLURM_MARK"
 OWNER_FILE = ".launcher"
 _SHARED_MEMORY = "/dev/shm/"
 _KILL_ROUNDS = 50
+_LOOK_EVERY_S = 10.0
 
 
 def marked(mark: str) -> list[int]:
@@ -49,9 +51,11 @@ def shared_memory(pids: list[int]) -> set[str]:
     return found
 
 
-def kill_marked(mark: str) -> None:
-    """Kill all processes with the mark until none is left, then unlink the shared memory that they alone used."""
-    files: set[str] = set()
+def kill_marked(mark: str, files: set[str]) -> None:
+    """Kill all processes with the mark until none is left, then unlink the shared memory that they alone used.
+
+    `files` is what they were seen to use before: some may have died already.
+    """
     for _ in range(_KILL_ROUNDS):
         pids = marked(mark)
         if not pids:
@@ -111,9 +115,10 @@ def main() -> None:
     if os.fork():  # no longer a child of the launcher: what ends the launcher's children spares this process
         os._exit(0)
     os.setsid()
-    while os.read(0, 4096):
-        pass
-    kill_marked(mark)
+    files: set[str] = set()
+    while not select.select([0], [], [], _LOOK_EVERY_S)[0]:
+        files |= shared_memory(marked(mark))
+    kill_marked(mark, files)
     remove_folder(folder)
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from harness.errors import UserError
-from harness.settings import EXIT_USER_ERROR
+from harness.settings import EXIT_USER_ERROR, LEAVE_SIGNALS
 from slurm import records
 from slurm.follower import Follower
 from slurm.leader import Leader
@@ -48,7 +48,7 @@ def run_life(submission: records.Submission, index: int) -> int:
     if ended is not None:
         life.say(f"this task is finished ({ended.reason}, status {ended.exit_status}): nothing to do")
         return _process_status(life, ended.exit_status, requeue=False)
-    for number in (signal.SIGUSR2, signal.SIGTERM, signal.SIGINT):
+    for number in LEAVE_SIGNALS:
         signal.signal(number, life.on_signal)
     signal.signal(signal.SIGCONT, signal.SIG_IGN)
     if life.place.rank:

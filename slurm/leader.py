@@ -114,6 +114,7 @@ class Leader:
             time.sleep(_POLL_S)
         if cause is None and self.life.interrupted():  # the signal ended the command before it was seen here
             cause = self.life.cause(self.life.job())
+            self.life.note(stopped_by=cause.value)
         return cause
 
     def reason_to_leave(self, ray: RayNode | None) -> Cause | None:

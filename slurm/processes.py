@@ -1,7 +1,6 @@
 """Child processes that cannot outlive their launcher, and the node-local folder they may use."""
 
 import contextlib
-import ctypes
 import os
 import select
 import signal
@@ -18,24 +17,17 @@ from typing import IO, Self
 from slurm import keeper
 
 SCRATCH_PREFIX = "sbs-"
-_PR_SET_PDEATHSIG = 1
 _KEEPER_LIMIT_S = 10.0
 
 
 def spawn(
     command: Sequence[str], env: Mapping[str, str], *, output: IO[bytes] | None = None, cwd: Path | None = None
 ) -> subprocess.Popen[bytes]:
-    """Start `command` in a session of its own; the kernel kills it when this process dies.
+    """Start `command` in a session of its own.
 
     SIGUSR2 is ignored unless the command asks for it: some sites' SLURM sends it to every process of a job, and what
     does not expect it would die of it, Ray's daemons first.
     """
-    library = ctypes.CDLL(None)
-
-    def prepare() -> None:
-        library.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-        signal.signal(signal.SIGUSR2, signal.SIG_IGN)
-
     return subprocess.Popen(
         list(command),
         env=dict(env),
@@ -44,7 +36,7 @@ def spawn(
         stdout=output,
         stderr=None if output is None else subprocess.STDOUT,
         start_new_session=True,
-        preexec_fn=prepare,  # noqa: PLW1509 - the launcher has one thread
+        preexec_fn=lambda: signal.signal(signal.SIGUSR2, signal.SIG_IGN),  # noqa: PLW1509 - the launcher has one thread
     )
 
 
@@ -61,8 +53,8 @@ def kill_group(process: subprocess.Popen[bytes], number: signal.Signals) -> None
 
 
 def stop(process: subprocess.Popen[bytes], limit_s: float) -> None:
-    """End a child: SIGTERM, and SIGKILL to its group if it is still there after `limit_s`."""
-    if process.poll() is None:
+    """End a child: SIGTERM if it may have some time, and SIGKILL to its group after `limit_s`."""
+    if limit_s > 0 and process.poll() is None:
         process.send_signal(signal.SIGTERM)
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(limit_s)

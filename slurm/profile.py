@@ -58,9 +58,9 @@ class NodeSection(Section):
     @field_validator("scratch")
     @classmethod
     def _scratch_is_short(cls, value: str) -> str:
-        if not value.startswith("/") or len(value) > 30:
+        if not value.startswith("/") or len(value) > 25:
             raise ValueError(
-                "must be an absolute path of at most 30 characters: Ray puts sockets into it, and a socket's path is "
+                "must be an absolute path of at most 25 characters: Ray puts sockets into it, and a socket's path is "
                 "limited to 107 bytes"
             )
         return value

@@ -90,10 +90,10 @@ class RayNode:
         return self.process is not None and self.process.poll() is None
 
     def stop(self, *, keep_logs: bool) -> None:
-        """End Ray on this node, within a few seconds."""
+        """End Ray on this node. Nothing it has is needed any more: it gets time only to complete its logs."""
         if self.process is None:
             return
-        stop(self.process, STOP_LIMIT_S)
+        stop(self.process, STOP_LIMIT_S if keep_logs else 0.0)
         if keep_logs:
             self._copy_logs()
 

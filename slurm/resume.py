@@ -12,9 +12,7 @@ from slurm.queue import LIVE_STATES, JobView
 EXIT_NOT_STARTED = 70
 EXIT_NODE_LOST = 75
 # A command that was asked to leave and did so with one of these was ended by the request, not by an error.
-_LEFT_AS_ASKED = frozenset(
-    {EXIT_PREEMPTED, 128 + signal.SIGTERM, 128 + signal.SIGUSR2, 128 + signal.SIGINT, 128 + signal.SIGKILL}
-)
+_LEFT_AS_ASKED = frozenset({EXIT_PREEMPTED, 128 + signal.SIGTERM, 128 + signal.SIGUSR2, 128 + signal.SIGKILL})
 TEARDOWN_S = 12.0
 _HURRIED_TEARDOWN_S = 5.0
 

@@ -6,15 +6,13 @@ from typing import Any
 from slurm.profile import minutes
 from slurm.records import EXIT_FILE, Submission
 
-_SRUN = ["--kill-on-bad-exit=0", "--cpu-bind=none"]
-
 
 def parameters(submission: Submission) -> dict[str, Any]:
     """What submitit's SLURM executor is to be told."""
     job, node, requeue = submission.profile.job, submission.profile.node, submission.profile.requeue
     ignore_loss = {"no-kill": True} if requeue.on_node_loss == "ignore" else {}
-    # since SLURM 22.05 a step does not inherit the job's CPUs per task
-    srun = [*_SRUN, *([] if node.cpus is None else [f"--cpus-per-task={node.cpus}"])]
+    # since SLURM 22.05 a step does not inherit the job's CPUs per task; without a number the task may use all it finds
+    cpus = "--cpu-bind=none" if node.cpus is None else f"--cpus-per-task={node.cpus}"
     told: dict[str, Any] = {
         "job_name": submission.name,
         "partition": job.partition,
@@ -31,7 +29,7 @@ def parameters(submission: Submission) -> dict[str, Any]:
         "signal_delay_s": requeue.warn_s,
         "array_parallelism": submission.parallel or 256,
         "setup": setup_lines(submission),
-        "srun_args": srun,
+        "srun_args": ["--kill-on-bad-exit=0", cpus],
         "stderr_to_stdout": True,
         "additional_parameters": {"requeue": True, "chdir": str(submission.workdir)} | ignore_loss | job.extra,
     }

@@ -3,7 +3,7 @@
 import os
 import time
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from slurm import queue, records
@@ -12,6 +12,8 @@ from slurm.queue import LIVE_STATES, JobView
 from slurm.records import Submission
 
 UNKNOWN = "UNKNOWN"
+# A task that finished may stay in the queue until its nodes are clean, or be started in vain once more.
+_MAY_BE_QUEUED_S = 600.0
 
 
 @dataclass(frozen=True)
@@ -44,12 +46,18 @@ def look(submissions: Iterable[Submission]) -> list[TaskStatus]:
     """The status of every task of these submissions, with at most two questions to SLURM."""
     pairs = [(record, index) for record in submissions for index in record.tasks]
     ended = {(record.folder, index): records.finished(record.task_folder(index)) for record, index in pairs}
-    open_ids = [r.task_id(i) for r, i in pairs if not r.local and r.job_id and ended[r.folder, i] is None]
-    views: dict[str, JobView] = {}
-    if open_ids and queue.available():
-        views = queue.queued(queue.user_name())
-        views |= queue.past([job_id for job_id in open_ids if job_id not in views])
+    views = _ask([(record.task_id(index), ended[record.folder, index]) for record, index in pairs if not record.local])
     return [_task_status(record, index, ended[record.folder, index], views) for record, index in pairs]
+
+
+def _ask(tasks: Iterable[tuple[str, records.Finished | None]]) -> dict[str, JobView]:
+    """What SLURM says of tasks that have not finished, or have only just and may still be in the queue."""
+    recent = time.time() - _MAY_BE_QUEUED_S
+    asked = {job_id: end for job_id, end in tasks if end is None or end.finished_unix_s > recent}
+    if not asked or not queue.available():
+        return {}
+    known = {job_id: view for job_id, view in queue.queued(queue.user_name()).items() if job_id in asked}
+    return known | queue.past([job_id for job_id, end in asked.items() if end is None and job_id not in known])
 
 
 def _task_status(
@@ -59,7 +67,9 @@ def _task_status(
     lives = records.lives(record.task_folder(index))
     view = views.get(job_id)
     if ended is not None:
+        leaving = view is not None or (record.local and controller_runs(record))
         view = _finished_view(ended, lives)
+        view = replace(view, state="COMPLETING") if leaving else view
     elif record.local:
         view = _local_view(record, index)
     if view is None:

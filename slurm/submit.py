@@ -30,21 +30,24 @@ def plan(request: Request, workdir: Path, *, now: float) -> Submission:
     name = request.name or default_name(request.command)
     checks.check_name(name)
     stamp = time.strftime("%Y%m%d-%H%M%S", time.localtime(now))
-    runs = (workdir / request.profile.storage.runs).expanduser().absolute()
+    runs = (workdir / Path(request.profile.storage.runs).expanduser()).absolute()
     folder = _unused(runs / f"{name}-{stamp}")
     checks.check_folder(folder)
     array, parallel = parse_array(request.array)
-    if array is not None and request.profile.job.nodes > 1:
-        raise UserError(f"--array runs commands without Ray, each on one node; job.nodes = {request.profile.job.nodes}")
-    if request.local and (request.profile.job.nodes > 1 or array is not None):
-        raise UserError("--local is one machine and one task: leave out --array and set --nodes 1")
+    profile = request.profile
+    if request.local:  # this machine is the one node
+        profile = profile.model_copy(update={"job": profile.job.model_copy(update={"nodes": 1})})
+    if array is not None and profile.job.nodes > 1:
+        raise UserError(f"--array runs commands without Ray, each on one node; job.nodes = {profile.job.nodes}")
+    if request.local and array not in {None, 1}:
+        raise UserError("--local runs one task: --array 1 at most (a command without Ray)")
     return Submission(
         name=name,
         folder=folder,
         command=request.command,
-        profile=request.profile,
+        profile=profile,
         origin=workdir,
-        workdir=folder / snapshot.CODE_FOLDER if request.profile.storage.snapshot else workdir,
+        workdir=folder / snapshot.CODE_FOLDER if profile.storage.snapshot else workdir,
         array=array,
         parallel=parallel,
         local=request.local,

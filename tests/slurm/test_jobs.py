@@ -1,0 +1,107 @@
+"""Whole jobs on a real SLURM: status, survival, hygiene."""
+
+import hashlib
+import json
+
+from tests.slurm.cluster import Cluster
+from tests.slurm.conftest import User, leftovers, wait_for
+
+HALF = ["--no-snapshot", "--set", "node.cpus=2", "--set", "node.memory_gb=2"]
+SMALL = [*HALF, "--nodes", "2", "--time", "5", "--set", "requeue.warn_s=20"]
+
+
+def chain(links: int) -> str:
+    value = "start"
+    for _ in range(links):
+        value = hashlib.sha256(value.encode()).hexdigest()
+    return value
+
+
+def test_job_on_two_nodes_ends_as_its_command_does(cluster: Cluster, user: User):
+    done = user.slurm("submit", "--wait", "--name", "seven", *SMALL, "--", "python", "ray_hello.py", "7", check=False)
+    assert done.returncode == 7, done.stdout + done.stderr
+    job_id = user.status("seven")["job_id"]
+    assert leftovers(cluster) == {}
+
+    facts = json.loads((user.home / "facts.json").read_text())
+    assert sorted(task["host"] for task in facts["tasks"]) == cluster.names
+    assert {task["cwd"] for task in facts["tasks"]} == {str(user.home)}
+    assert facts["cpus"] == 4
+    assert max(facts["memory"]) < 2 << 30
+    assert (facts["token_mode"], facts["folder_mode"]) == ("-rw-------", "drwx------")
+    assert facts["enters"] == {"right token": True, "wrong token": False, "no token": False}
+
+    wait_for(lambda: user.accounting(job_id) == [["FAILED", "7:0"]], 20, "record of the failure")
+    (life,) = user.lives("seven")
+    first_line_s = facts["started"] - life["started_unix_s"]
+    end_s = life["ended_unix_s"] - life["command_ended_unix_s"]
+    print(f"first line {first_line_s:.1f} s after the launcher, end {end_s:.1f} s after the command")
+
+    # SLURM may run a job again that has finished: after a node's crash in its last moments, or because somebody asks
+    cluster.login(["scontrol", "requeue", job_id])
+    wait_for(lambda: cluster.job(job_id)["Restarts"] == "1", 30, "second life")
+    wait_for(lambda: cluster.job(job_id)["JobState"] == "FAILED", 60, "second end")
+    assert cluster.job(job_id)["ExitCode"] == "7:0"
+    assert user.log("seven").count("the command ended with") == 1
+    assert "nothing to do" in user.log("seven")
+    assert len(user.lives("seven")) == 1
+    assert user.status("seven")["state"] == "FAILED"
+
+
+def test_time_limit_sends_the_command_back_to_the_queue_until_it_is_done(cluster: Cluster, user: User):
+    # warned 35 s before a limit of 60 s, a job of 30 links of one second needs two lives; `sleep` never ends
+    tight = [*HALF, "--time", "1", "--set", "requeue.warn_s=35"]
+    user.submit("chain", *tight, "--nodes", "2", "--", "python", "count.py", "state", "30", "1")
+    user.submit("sleep", *tight, "--array", "1", "--set", "requeue.max=1", "--", "sleep", "600")
+
+    ended = user.wait_over("chain", 200)
+    assert (ended["state"], ended["exit_status"]) == ("COMPLETED", 0), user.log("chain")
+    lives = user.lives("chain")
+    assert len(lives) >= 2
+    assert [life["verdict"] for life in lives] == ["requeue"] * (len(lives) - 1) + ["finish"]
+    assert lives[0]["stopped_by"] == "time limit"
+    assert f"result {chain(30)}" in user.log("chain")
+    links = (user.home / "state.all").read_text().splitlines()
+    assert [int(line.split()[0]) for line in links] == list(range(1, 31)), "a link was computed twice or left out"
+
+    # a command that knows nothing of signals is put back too, but not for ever
+    ended = user.wait_over("sleep", 120)
+    assert (ended["state"], ended["exit_status"], ended["lives"]) == ("FAILED", 128 + 15, 2)
+    assert "requeue.max" in ended["reason"]
+
+
+def test_preempted_job_goes_on_where_it_was(cluster: Cluster, user: User):
+    job_id = user.submit(
+        "low", *SMALL, "--partition", "low", "--set", "node.cpus=4", "--", "python", "count.py", "state", "25", "1"
+    )
+    wait_for((user.home / "state").exists, 60, "first link")
+    urgent = user.submit(
+        "high", "--no-snapshot", "--partition", "high", "--array", "1", "--set", "node.cpus=4", "--", "true"
+    )
+    assert user.wait_over("high", 90)["state"] == "COMPLETED"
+
+    ended = user.wait_over("low", 120)
+    assert ended["state"] == "COMPLETED", user.log("low")
+    assert ended["lives"] == 2
+    assert user.lives("low")[0]["stopped_by"] == "preempted"
+    assert f"result {chain(25)}" in user.log("low")
+    assert len((user.home / "state.all").read_text().splitlines()) == 25
+    assert int(job_id) < int(urgent)
+    assert leftovers(cluster) == {}
+
+
+def test_node_crash_gives_the_job_a_second_life_that_finishes_once(cluster: Cluster, user: User):
+    job_id = user.submit("crash", *SMALL, "--", "python", "count.py", "state", "1000000", "0.2")
+    wait_for((user.home / "state").exists, 60, "first link")
+    cluster.crash("n2")
+    try:
+        wait_for(lambda: int(cluster.job(job_id)["Restarts"]) == 1, 90, "requeue after the crash")
+    finally:
+        cluster.boot("n2")
+    wait_for(lambda: len(user.lives("crash")) == 2, 60, "second life")
+    done = int((user.home / "state").read_text().split()[0])
+    assert done > 0
+    said = user.slurm("cancel", job_id).stdout
+    assert "cancelled" in said
+    assert user.status("crash")["state"] == "CANCELLED"
+    assert leftovers(cluster) == {}

@@ -121,15 +121,13 @@ class Board:
                 self._watched.setdefault(str(run.path), _Watched(run, label, time.time()))
 
     def ended(self, run: RunDir, words: str) -> None:
-        """A trial is over; `words` say how."""
+        """A trial is over; `words` say which and how."""
         with self._lock:
             watched = self._watched.pop(str(run.path), None)
-            if watched is None:
-                return
             self._done += 1
-            if self._bars is not None and watched.bar is not None:
+            if self._bars is not None and watched is not None and watched.bar is not None:
                 self._bars.remove_task(watched.bar)
-            self._print(f"{self._done}/{self._total} {watched.label}: {words}{self._sweep_eta()}")
+            self._print(f"{self._done}/{self._total} {words}{self._sweep_eta()}")
 
     def _loop(self) -> None:
         while not self._over.wait(self._period_s):

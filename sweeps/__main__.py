@@ -8,7 +8,13 @@ import typer
 from harness.errors import UserError, run_cli
 from harness.settings import DEFAULT_RUNS_DIR
 
-app = typer.Typer(name="python -m sweeps", help=__doc__, no_args_is_help=True, pretty_exceptions_enable=False, add_completion=False)
+app = typer.Typer(
+    name="python -m sweeps",
+    help=__doc__,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+)
 
 OutOption = Annotated[Path, typer.Option("--out", help="Folder of all runs; the store lies in it too.")]
 

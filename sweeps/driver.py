@@ -2,73 +2,72 @@
 
 import signal
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from harness import data, ray_cluster
-from harness.config import Recipe, TrialSpec
-from harness.progress import Board
+from harness.config import Recipe
 from harness.ray_cluster import Node
-from harness.run_dir import RunDir, write_json
+from harness.run_dir import RunDir
 from harness.settings import EXIT_PREEMPTED
 from harness.tracking.mirror import Mirror, Place
-from harness.tracking.store import Status, Store, default_uri
+from harness.tracking.store import Store, default_uri
 from sweeps import folder, outcome
 from sweeps.plan import Plan, Planner, finished, unfinished
 from sweeps.resources import Demand, concurrency
 from sweeps.space import Space
-from sweeps.stopping import GraceOver, StopRequest
+from sweeps.stopping import StopRequest
 from sweeps.trial import run_trial
-from sweeps.tuner import Ending, TrialFunction, TuneSettings, run_wave
-
-STATUS: dict[str, Status] = {"finished": "FINISHED", "failed": "FAILED", "stopped": "KILLED", "pruned": "KILLED"}
-
-
-@dataclass
-class Clock:
-    """Seconds that the driver spent in its own phases."""
-
-    seconds: dict[str, float] = field(default_factory=dict)
-
-    @contextmanager
-    def measuring(self, phase: str) -> Iterator[None]:
-        """Add the time inside to `phase`."""
-        begin = time.monotonic()
-        try:
-            yield
-        finally:
-            self.seconds[phase] = self.seconds.get(phase, 0.0) + time.monotonic() - begin
+from sweeps.tuner import TrialFunction
+from sweeps.waves import Clock, Waves
 
 
 @dataclass(frozen=True)
 class Sweep:
-    """A planned sweep: where it lives, what it tries, what this machine offers (None: a cluster will tell)."""
+    """A planned sweep: what it tries, where it lives, what this machine offers (None: a cluster will tell)."""
 
-    space: Space
-    base: Recipe
-    path: Path
+    planner: Planner
     plan: Plan
     nodes: tuple[Node, ...] | None
 
+    @property
+    def space(self) -> Space:
+        """What the sweep tries."""
+        return self.planner.space
+
+    @property
+    def path(self) -> Path:
+        """The sweep's folder."""
+        return self.planner.folder
+
+    @property
+    def total(self) -> int:
+        """Trials in all, those included that Optuna has not asked for yet."""
+        if self.space.search.algorithm == "optuna":
+            return len(self.plan.first) + max(self.space.search.samples or 0, len(self.plan.rest))
+        return len(self.plan.trials)
+
+    @property
+    def missing(self) -> int:
+        """Trials that are still to run."""
+        return self.total - len(self.plan.trials) + len(unfinished(self.plan.trials, self.space))
+
     def at_once(self, nodes: Sequence[Node]) -> int:
         """How many trials run at once. Raises `UserError` with the arithmetic if one never can."""
-        demands = {Demand.of(spec.recipe) for spec in self.plan.trials} or {Demand.of(self.base)}
+        demands = {Demand.of(spec.recipe) for spec in self.plan.trials}
         return min(concurrency(demand, nodes, self.space.name, self.space.max_concurrent) for demand in demands)
 
 
 def prepare(space: Space, base: Recipe, runs_dir: Path) -> Sweep:
     """Plan a sweep and refuse what cannot work, before anything heavy starts. Raises `UserError`."""
-    nodes = (
-        None
-        if ray_cluster.uses_existing_cluster()
-        else tuple(ray_cluster.local_nodes(gpus=base.run.gpus_per_worker > 0))
-    )
-    if nodes is not None:  # before any data is written; the points may ask for more and are looked at again below
+    nodes = None
+    if not ray_cluster.uses_existing_cluster():
+        nodes = tuple(ray_cluster.local_nodes(gpus=base.run.gpus_per_worker > 0))
+        # Before any data is written; the points may ask for more and are looked at below.
         concurrency(Demand.of(base), nodes, space.name)
-    path = (runs_dir / space.name).resolve()
-    sweep = Sweep(space, base, path, Planner(space, base, path, dataset(base)).plan(), nodes)
+    planner = Planner(space, base, (runs_dir / space.name).resolve(), dataset(base))
+    sweep = Sweep(planner, planner.plan(), nodes)
     if nodes is not None:
         sweep.at_once(nodes)
     return sweep
@@ -97,88 +96,27 @@ def run(
     with folder.held(runs_dir / space.name):
         with clock.measuring("data and plan"):
             sweep = prepare(space, base, runs_dir)
-            folder.claim(sweep.path, space, base, dataset(base), sweep.plan.trials)
-        trials, missing = sweep.plan.trials, unfinished(sweep.plan.trials)
-        say(f"sweep {space.name}: {len(trials)} trials, {len(trials) - len(missing)} done, {len(missing)} to run")
+            folder.claim(sweep.path, space, base, sweep.planner.checksum, sweep.plan.trials)
+        to_run = sweep.missing
+        say(f"sweep {space.name}: {sweep.total} trials, {sweep.total - to_run} done, {to_run} to run")
         parent = outcome.Parent(sweep.path, space, base, start_ms)
-        if missing:
+        if to_run:
             parent.write("RUNNING", None, None)
-        stop = StopRequest(sweep.path, trials)
+        stop = StopRequest(sweep.path)
         with Mirror(store_of(runs_dir), Place(space.name, space.name), sweep.path) as mirror:
-            for spec in finished(trials):  # what an earlier driver finished but did not get to send
+            for spec in finished(sweep.plan.trials):  # what an earlier driver finished but did not get to send
                 mirror.ended(RunDir(spec.run_dir), "FINISHED")
-            endings = _Wave(sweep, mirror, stop, clock).run(missing, trial) if missing else []
+            endings = Waves(sweep, mirror, stop, clock).run(trial) if to_run else []
             with clock.measuring("tables"):
                 frontier = outcome.from_folders([sweep.path])
                 artifacts = outcome.write(frontier, sweep.path)
-                outcome.draw_layers(trials)
-            if missing or not parent.exists():
+                outcome.draw_layers(sweep.path)
+            if to_run or not parent.exists():
                 parent.write("FINISHED" if stop.signal is None else "KILLED", frontier, artifacts)
             with clock.measuring("MLflow after the last trial"):
                 leftover = mirror.close()
     outcome.show_table(frontier)
-    outcome.show_summary(outcome.Summary(sweep.path, trials, store_of(runs_dir), endings, clock.seconds, leftover))
+    outcome.show_summary(outcome.Summary(sweep.path, store_of(runs_dir), endings, clock.seconds, leftover))
     if stop.signal is not None:
         return 130 if stop.signal == signal.SIGINT else EXIT_PREEMPTED
     return 1 if any(ending.ended == "failed" for ending in endings) else 0
-
-
-@dataclass
-class _Wave:
-    """The part of a sweep that needs Ray."""
-
-    sweep: Sweep
-    mirror: Mirror
-    stop: StopRequest
-    clock: Clock
-    endings: list[Ending] = field(default_factory=list)
-
-    def run(self, missing: Sequence[TrialSpec], trial: TrialFunction) -> list[Ending]:
-        """Full precision first, then what starts from its weights; every ending so far, also when asked to leave."""
-        total = len(self.sweep.plan.trials)
-        with Board(total, total - len(missing)) as board, self.stop.listening():
-            board.every_tick(self.stop.repeat)
-            self.board = board
-            try:
-                with ExitStack() as stack:
-                    with self.clock.measuring("Ray start"):
-                        nodes = stack.enter_context(ray_cluster.joined(self.sweep.nodes))
-                        self.stop.listen()
-                    settings = TuneSettings(
-                        self.sweep.at_once(nodes),
-                        self.sweep.space,
-                        self.sweep.path / ".tune",
-                        self.stop.path,
-                        trial,
-                    )
-                    for wave in (self.sweep.plan.first, self.sweep.plan.rest):
-                        self._wave(unfinished(wave), settings)
-            except GraceOver:
-                board.say("not every trial wrote a checkpoint in time; it goes on from its last one")
-            if self.stop.signal is not None:
-                board.say("left as asked; run the same command again to go on")
-        return self.endings
-
-    def _wave(self, specs: Sequence[TrialSpec], settings: TuneSettings) -> None:
-        ready = [spec for spec in specs if spec.init is None or Path(spec.init).is_file()]
-        if self.stop.signal is not None:
-            return
-        for spec in specs:
-            if spec not in ready:
-                self._on_end(Ending(spec, "failed", 0.0, "its full-precision network did not finish"))
-        for spec in ready:
-            run, place = RunDir(spec.run_dir).create(), {"experiment": self.sweep.space.name}
-            write_json(
-                run.path / "trial.json", {"key": spec.key, "label": spec.label, **place, "sweep": place["experiment"]}
-            )
-            self.mirror.watch(run)
-        self.board.began((RunDir(spec.run_dir), spec.label) for spec in specs)
-        if ready:
-            with self.clock.measuring("trials"):
-                run_wave(ready, settings, self._on_end)
-
-    def _on_end(self, ending: Ending) -> None:
-        run = RunDir(ending.spec.run_dir)
-        self.endings.append(ending)
-        self.mirror.ended(run, STATUS[ending.ended])
-        self.board.ended(run, outcome.words(ending))

@@ -25,7 +25,9 @@ def show(sweep: Sweep) -> None:
     console = Console(highlight=False)
     console.width = max(console.width, 140)
     console.print(table)
-    count = len(sweep.plan.trials)
+    count = sweep.total
+    if sweep.space.search.algorithm == "optuna":
+        console.print("optuna finds the points as it goes; listed are those that are known")
     if sweep.nodes is None:
         console.print(f"{count} trials; how many run at once depends on the cluster at RAY_ADDRESS")
     else:

@@ -1,7 +1,7 @@
 """A sweep's own folder: what it was started with (sweep.json), so that the same name always means the same thing."""
 
 import fcntl
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -9,10 +9,11 @@ from typing import Any
 from harness.config import Recipe, TrialSpec, parse_recipe
 from harness.errors import UserError
 from harness.run_dir import read_json, write_json
+from sweeps.plan import flat
 from sweeps.space import Space
 
 SCHEMA = 1
-_NEUTRAL = {("data", "dir"), ("data", "workers"), ("run", "cpus_per_worker"), ("run", "seed")}
+_NEUTRAL = {"data.dir", "data.workers", "data.memory", "run.cpus_per_worker", "run.seed"}
 """Recipe keys that may change from one start to the next: where a sweep runs does not change its results."""
 
 
@@ -25,8 +26,8 @@ def claim(folder: Path, space: Space, base: Recipe, checksum: str, trials: Seque
     before = read_json(path)
     if before is not None:
         varied = {*space.axes, *before["axes"]}
-        then = {"data": before["data"], **flat(_recipe(before, path).to_dict(), without=varied)}
-        now = {"data": checksum, **flat(base.to_dict(), without=varied)}
+        then = {"data": before["data"], **lasting(_recipe(before, path), varied)}
+        now = {"data": checksum, **lasting(base, varied)}
         changed = [
             f"{key}: {then.get(key)!r} before, {now.get(key)!r} now"
             for key in sorted(then.keys() | now.keys())
@@ -51,17 +52,10 @@ def _recipe(before: Mapping[str, Any], path: Path) -> Recipe:
     return parse_recipe(before["base"], str(path))
 
 
-def flat(tree: Mapping[str, Any], *, without: set[str], prefix: str = "") -> dict[str, Any]:
-    """Nested plain data as `section.key` -> value, without neutral keys and the given ones."""
-    found: dict[str, Any] = {}
-    for key, value in tree.items():
-        name = f"{prefix}{key}"
-        if isinstance(value, Mapping):
-            found |= flat(value, without=without, prefix=f"{name}.")
-        elif name not in without and tuple(name.split(".", 1)) not in _NEUTRAL:
-            found[name] = value
-    varied = {"search.method", "search.lambda"}
-    return {key: value for key, value in found.items() if key not in varied}
+def lasting(base: Recipe, varied: Iterable[str]) -> dict[str, Any]:
+    """`section.key` -> value of all that a sweep's trials share: not the axes, methods and seeds, not where it runs."""
+    left_out = {*varied, "search.method", "search.lambda", *_NEUTRAL}
+    return {key: value for key, value in flat(base.to_dict()).items() if key not in left_out}
 
 
 @contextmanager

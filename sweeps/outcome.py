@@ -12,14 +12,14 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from harness.config import Recipe, TrialSpec
+from harness.config import Recipe
 from harness.errors import UserError, nearest
 from harness.run_dir import RunDir, read_json, write_json, write_text
 from harness.tracking import picture, record
 from harness.tracking.mirror import Leftover, place_of
 from harness.tracking.store import Status, Store
 from sweeps import plot, report
-from sweeps.folder import flat
+from sweeps.folder import lasting
 from sweeps.frontier import Frontier, Row, build, hypervolume
 from sweeps.space import Space
 from sweeps.tuner import Ending
@@ -89,9 +89,7 @@ class Parent:
             "sweep": self.space.name,
             "status": status,
             "start_ms": before.get("start_ms", self.start_ms),
-            "params": {
-                key: str(value) for key, value in flat(self.base.to_dict(), without=set(self.space.axes)).items()
-            },
+            "params": {key: str(value) for key, value in lasting(self.base, self.space.axes).items()},
             "tags": {"harness.methods": ", ".join(self.space.methods), "harness.axes": ", ".join(self.space.axes)},
             "artifacts": ["sweep.json", *(artifacts or [])],
         }
@@ -110,7 +108,6 @@ class Summary:
     """What the last lines of a sweep tell."""
 
     folder: Path
-    trials: Sequence[TrialSpec]
     store: Store
     endings: Sequence[Ending]
     seconds: Mapping[str, float]
@@ -151,10 +148,10 @@ def show_table(frontier: Frontier) -> None:
 def show_summary(summary: Summary) -> None:
     """What ran on what, where the time went, where the files are, how to open the UI."""
     console = _console(wide=False)
-    results = [result for spec in summary.trials if (result := RunDir(spec.run_dir).result()) is not None]
+    results = [result for run in record.trial_dirs(summary.folder) if (result := run.result()) is not None]
     for ending in summary.endings:
         if ending.ended == "failed":
-            console.print(f"failed: {ending.spec.label}: {ending.message}", highlight=False, markup=False)
+            console.print(f"failed: {ending.spec.label}: {ending.message}", markup=False, soft_wrap=True)
     lines = [*_stack_lines(results, summary.store), *_time_lines(summary)]
     lines.append(f"files: {summary.folder} (pareto.md .csv .json .tex .html .png .svg, trials/)")
     if summary.leftover is not None:
@@ -171,10 +168,10 @@ def ui_command(store: Store, runs_dir: Path) -> str:
     return store.uri if store.uri.startswith("http") else f"{_python()} -m harness ui {_short(runs_dir)}"
 
 
-def draw_layers(trials: Sequence[TrialSpec]) -> None:
+def draw_layers(folder: Path) -> None:
     """The per-layer picture of every finished trial that has none yet."""
-    for spec in trials:
-        picture.ensure(RunDir(spec.run_dir))
+    for run in record.trial_dirs(folder):
+        picture.ensure(run)
 
 
 def _stack_lines(results: Sequence[Mapping[str, Any]], store: Store) -> list[str]:

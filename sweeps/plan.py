@@ -6,8 +6,12 @@ from pathlib import Path
 from typing import Any
 
 from harness.config import Recipe, TrialSpec, trial_key, trial_label, uses_lambda
-from harness.run_dir import RunDir
+from harness.run_dir import RunDir, read_json
+from harness.tracking.record import trial_dirs
 from sweeps.space import Point, Space, recipe_at
+
+PRUNED = "pruned.json"
+"""The scheduler stopped the trial: it will not go on unless this file is deleted or the scheduler becomes fifo."""
 
 
 @dataclass(frozen=True)
@@ -33,8 +37,30 @@ class Planner:
     checksum: str
 
     def plan(self) -> Plan:
-        """All trials that are known beforehand. Raises `UserError` for a point that is not a valid recipe."""
-        return self.of_points(self.space.points())
+        """All trials that are known beforehand. Raises `UserError` for a point that is not a valid recipe.
+
+        Optuna asks as it goes: then these are the full-precision network and the points that the folder holds already.
+        """
+        if self.space.search.algorithm != "optuna":
+            return self.of_points(self.space.points())
+        known = self.known_points()
+        if known:
+            return self.of_points(known)
+        method, seed = self.space.methods[0], self.space.seeds[0]
+        example = {key: axis[0] if isinstance(axis, tuple) else axis.example() for key, axis in self.space.axes.items()}
+        full = self.full_precision(recipe_at(self.base, self.space, example, method=method, seed=seed))
+        return Plan((full,), ())
+
+    def at(self, point: Point) -> TrialSpec:
+        """The one trial at a point that Optuna suggests."""
+        (spec,) = self.of_points([point]).rest
+        return spec
+
+    def known_points(self) -> list[Point]:
+        """Points whose trials have begun in this folder, by their config.json."""
+        configs = [read_json(run.config_path) or {} for run in trial_dirs(self.folder)]
+        searched = [flat(config) for config in configs if config["search"]["method"] == self.space.methods[0]]
+        return [{key: config[key] for key in self.space.axes} for config in searched]
 
     def of_points(self, points: Iterable[Point]) -> Plan:
         """Trials for these points, with every method and seed, each identity once."""
@@ -89,9 +115,18 @@ def finished(specs: Iterable[TrialSpec]) -> list[TrialSpec]:
     return [spec for spec in specs if RunDir(spec.run_dir).result_path.is_file()]
 
 
-def unfinished(specs: Iterable[TrialSpec]) -> list[TrialSpec]:
-    """Those that have none yet."""
-    return [spec for spec in specs if not RunDir(spec.run_dir).result_path.is_file()]
+def unfinished(specs: Iterable[TrialSpec], space: Space) -> list[TrialSpec]:
+    """Those that have none yet and were not stopped for good by the space's scheduler."""
+    ends = ["result.json"] if space.scheduler.name == "fifo" else ["result.json", PRUNED]
+    return [spec for spec in specs if not any((Path(spec.run_dir) / end).is_file() for end in ends)]
+
+
+def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested plain data as `section.key` -> value."""
+    found: dict[str, Any] = {}
+    for key, value in tree.items():
+        found |= flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
+    return found
 
 
 def _suffix(point: Mapping[str, Any]) -> str:

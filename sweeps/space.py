@@ -39,6 +39,11 @@ class Distribution(Section):
             raise ValueError("choice must not be empty")
         return self
 
+    def example(self) -> Any:
+        """Any one value, the first or the lowest."""
+        bounds = self.choice or self.uniform or self.log_uniform or ()
+        return bounds[0]
+
     def draw(self, generator: random.Random) -> Any:
         """One value; log-uniform ones are rounded to 6 significant digits so that they read well and hash stably."""
         if self.choice is not None:
@@ -119,11 +124,22 @@ class Space(Section):
                 raise ValueError(f"axis {key} is empty: give at least one value")
             if self.search.algorithm == "grid" and not isinstance(axis, tuple) and axis.choice is None:
                 raise ValueError(f"axis {key} is a distribution: search.algorithm = 'grid' takes lists; use 'random'")
-        if self.search.algorithm == "optuna" and len(self.seeds) > 1:
-            raise ValueError("optuna learns from one seed: give one value in `seeds`")
+        if self.search.algorithm == "optuna":
+            self._check_optuna()
         if not self.seeds or not self.methods:
             raise ValueError("`seeds` and `methods` need at least one value each")
         return self
+
+    def _check_optuna(self) -> None:
+        if len(self.seeds) > 1:
+            raise ValueError("optuna learns from one seed: give one value in `seeds`")
+        if len(self.methods) > 1 or self.methods[0] == "full_precision":
+            raise ValueError("optuna learns about one method: give one that searches in `methods`")
+        for key in self.axes:
+            if not key.startswith(("search.", "finetune.")):
+                raise ValueError(f"optuna varies search.* and finetune.* only (one full-precision network), not {key}")
+        if self.scheduler.name != "fifo":
+            raise ValueError("optuna needs the final BOPs of every trial: use scheduler.name = 'fifo'")
 
     def points(self) -> Iterator[Point]:
         """Every combination of the axes (grid) or `samples` draws (random); none for optuna, which asks as it goes."""

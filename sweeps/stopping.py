@@ -4,14 +4,14 @@ Trials run in other processes, perhaps on other machines, so the request travels
 """
 
 import signal
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 
-from harness.config import TrialSpec
 from harness.run_dir import RunDir
 from harness.settings import LEAVE_SIGNALS
+from harness.tracking.record import trial_dirs
 
 GRACE_S = 60
 """How long trials may take to write their checkpoints before the driver leaves without waiting."""
@@ -25,25 +25,25 @@ class GraceOver(BaseException):
 class StopRequest:
     """Remembers the signal that asked to leave, and passes the request on to every unfinished trial."""
 
-    def __init__(self, folder: Path, specs: Iterable[TrialSpec]) -> None:
+    def __init__(self, folder: Path) -> None:
         self.path = folder / "stop"
         self.signal: int | None = None
-        self._runs = [RunDir(spec.run_dir) for spec in specs]
-        self.clear()
-
-    def clear(self) -> None:
-        """Forget requests that an earlier driver left."""
-        self.path.unlink(missing_ok=True)
-        for run in self._runs:
+        self._runs: list[RunDir] = []
+        self.path.unlink(missing_ok=True)  # an earlier driver's
+        for run in trial_dirs(folder):
             run.clear_stop()
+
+    def watch(self, run: RunDir) -> None:
+        """A trial has begun: it will hear of a request."""
+        self._runs.append(run)
 
     def repeat(self) -> None:
         """Tell the trials (again: one that was starting may have missed it). Does nothing unless asked to leave."""
         if self.signal is None:
             return
         self.path.touch()
-        for run in self._runs:
-            if run.path.is_dir() and not run.result_path.exists():
+        for run in [*self._runs]:
+            if not run.result_path.exists():
                 run.request_stop()
 
     @contextmanager

@@ -72,11 +72,10 @@ def sync_trial(store: Store, run: RunDir, place: Place | None = None, status: St
 
 def sync_sweep(store: Store, folder: Path) -> int:
     """Bring the store up to date with a sweep's folder, the parent run included; the number of its trials."""
+    _copy_parent(store, folder, _Ids())  # first: it knows when the sweep began
     runs = record.trial_dirs(folder)
     for run in runs:
         sync_trial(store, run)
-    if (folder / "tracking.json").is_file():
-        _copy_parent(store, folder, _Ids())
     return len(runs)
 
 

@@ -26,6 +26,7 @@ retries = 1
 
 [axes]
 "search.lambda" = {lambdas}
+{more}
 """
 LABELS = {
     "full": "resnet20-full_precision-seed0",
@@ -43,6 +44,8 @@ class Bench:
     path: Path
     lambdas: tuple[float, ...] = (0.0, 1.0)
     methods: tuple[str, ...] = ("sbs",)
+    more: str = ""
+    axis: str | None = None
     patience_s: float = 5.0
 
     @property
@@ -62,7 +65,9 @@ class Bench:
         self.runs.mkdir(exist_ok=True)
         self.scratch.mkdir(mode=0o700, exist_ok=True)
         space = self.path / "space.toml"
-        text = SPACE.format(lambdas=list(self.lambdas), methods=json.dumps(self.methods), data=self.path / "data")
+        lambdas = self.axis or list(self.lambdas)
+        data = self.path / "data"
+        text = SPACE.format(lambdas=lambdas, methods=json.dumps(self.methods), data=data, more=self.more)
         space.write_text(text)
         command = [sys.executable, "-m", *module, str(space), *(["--out"] if len(module) > 1 else []), str(self.runs)]
         return subprocess.Popen(
@@ -265,6 +270,40 @@ def test_a_killed_driver_takes_its_processes_along_and_the_next_one_goes_on(benc
     assert status == 0, output
     assert bench.lives("full") == 2
     assert len(bench.store()) == 2 + 3
+
+
+def test_optuna_learns_goes_on_and_stops_at_its_number(bench: Bench):
+    bench.axis = "{ log_uniform = [0.01, 10.0] }"
+    bench.more = '[search]\nalgorithm = "optuna"\nsamples = 2\n'
+    status, output = bench.run()
+    assert status == 0, output
+    assert "3 trials, 0 done, 3 to run" in output
+    first = {path.name for path in (bench.sweep / "trials").iterdir()}
+    assert len(first) == 3
+    bench.more = bench.more.replace("2", "3")
+    status, output = bench.run()
+    assert status == 0, output
+    assert "4 trials, 3 done, 1 to run" in output
+    second = {path.name for path in (bench.sweep / "trials").iterdir()}
+    assert first < second
+    assert len(second) == 4
+    values = {row["lambda"] for row in json.loads((bench.sweep / "pareto.json").read_text())["rows"]} - {None}
+    assert len(values) == 3
+    assert all(0.01 <= value <= 10.0 for value in values)
+    assert len(bench.store()) == 2 + 4
+
+
+def test_asha_stops_what_lags_for_good(bench: Bench):
+    bench.lambdas = (0.0, 2.0)  # the second comes after the better one and lags from the first epoch on
+    bench.more = '[scheduler]\nname = "asha"\nreduction = 2\n'
+    status, output = bench.run()
+    assert status == 0, output
+    assert f"{LABELS['two']}: pruned: after epoch 1" in output
+    assert bench.status("two") == "KILLED"
+    assert [row["lambda"] for row in json.loads((bench.sweep / "pareto.json").read_text())["rows"]] == [0.0, None]
+    status, output = bench.run()
+    assert status == 0, output
+    assert "3 trials, 3 done, 0 to run" in output
 
 
 @pytest.mark.parametrize(

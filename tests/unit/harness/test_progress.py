@@ -45,7 +45,7 @@ def test_a_log_gets_a_line_per_epoch_with_rate_and_time_left(run: RunDir):
         wait_for(lambda: "search 1/4" in stream.getvalue())
         tell(run, epoch=2, step=50, time=time.time() + 10)  # a quarter more in ten seconds: half left, twenty seconds
         wait_for(lambda: "search 2/4" in stream.getvalue())
-        board.ended(run, "top-1 90.00%")
+        board.ended(run, "trial-a: top-1 90.00%")
     lines = stream.getvalue().splitlines()
     assert len(lines) == 3, "one line an epoch, not one a period"
     assert "1/2 trial-a: search 1/4  1,234 images/s" in lines[0]

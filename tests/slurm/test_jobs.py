@@ -105,3 +105,55 @@ def test_node_crash_gives_the_job_a_second_life_that_finishes_once(cluster: Clus
     assert "cancelled" in said
     assert user.status("crash")["state"] == "CANCELLED"
     assert leftovers(cluster) == {}
+
+
+def test_jobs_on_the_same_nodes_do_not_touch_each_other(cluster: Cluster, user: User):
+    """Two clusters at once; one loses a node and fails, the other goes on, even without its own second node."""
+    stay = ["--", "python", "ray_stay.py", "stop"]
+    fragile = user.submit("fragile", *SMALL, "--set", "requeue.on_node_loss=fail", *stay)
+    tough = user.submit("tough", *SMALL, "--set", "requeue.on_node_loss=ignore", *stay)
+    for name in ("fragile", "tough"):
+        wait_for(lambda name=name: "2 workers are busy" in user.log_so_far(name), 90, f"workers of {name}")
+
+    kill_raylet(cluster, user, "fragile", "n2")
+    ended = user.wait_over("fragile", 60)
+    assert (ended["state"], ended["exit_status"]) == ("FAILED", 75)
+    wait_for(lambda: user.accounting(fragile) == [["FAILED", "75:0"]], 20, "record of the failure")
+    assert user.status("tough")["state"] == "RUNNING"
+
+    kill_raylet(cluster, user, "tough", "n2")
+    wait_for(lambda: "lost the Ray node" in user.log_so_far("tough"), 30, "notice of the loss")
+    (user.home / "stop").touch()
+    ended = user.wait_over("tough", 60)
+    assert (ended["state"], ended["exit_status"]) == ("COMPLETED", 0), user.log("tough")
+    assert "stopped as asked" in user.log("tough")
+    wait_for(lambda: user.accounting(tough) == [["COMPLETED", "0:0"]], 20, "record of the end")
+    assert leftovers(cluster) == {}
+
+
+def kill_raylet(cluster: Cluster, user: User, name: str, node: str) -> None:
+    """Kill one job's raylet on a node: the address of the head tells whose it is."""
+    (head,) = (user.home / "runs" / "slurm").glob(f"{name}-*/task-0/life-*/head.json")
+    address = json.loads(head.read_text())["address"]
+    listed = cluster.on(node, ["ps", "-ww", "-eo", "pid,args"]).stdout.splitlines()
+    (raylet,) = [line.split()[0] for line in listed if "/raylet --" in line and f"--gcs-address={address}" in line]
+    cluster.on(node, ["kill", "-9", raylet])
+
+
+def test_killed_launchers_leave_nothing(cluster: Cluster, user: User):
+    user.submit("killed", *SMALL, "--", "python", "ray_stay.py", "stop")
+    wait_for(lambda: "2 workers are busy" in user.log_so_far("killed"), 90, "workers")
+    for node in cluster.names:
+        cluster.on(node, ["pkill", "-9", "-f", "submitit.core._submit"])
+    assert user.wait_over("killed", 60)["state"] == "FAILED"
+    wait_for(lambda: leftovers(cluster) == {}, 20, "clean nodes")
+
+
+def test_cancelled_job_leaves_nothing_and_does_not_come_back(cluster: Cluster, user: User):
+    job_id = user.submit("cancelled", *SMALL, "--", "python", "ray_stay.py", "stop")
+    wait_for(lambda: "2 workers are busy" in user.log_so_far("cancelled"), 90, "workers")
+    cluster.login(["scancel", job_id])  # not our own `cancel`: SLURM alone must be enough
+    ended = user.wait_over("cancelled", 60)
+    assert (ended["state"], ended["lives"]) == ("CANCELLED", 1)
+    assert user.accounting(job_id)[0][0].startswith("CANCELLED")
+    assert leftovers(cluster) == {}

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -28,12 +29,14 @@ def cluster() -> Iterator[Cluster]:
     reason = obstacle()
     if reason is not None:
         pytest.skip(f"no SLURM cluster on this machine: {reason}")
+    before = signal.signal(signal.SIGTERM, lambda *_: pytest.exit("terminated", returncode=143))  # not without `down`
     cluster = Cluster()
     try:
         cluster.up()
         yield cluster
     finally:
         cluster.down()
+        signal.signal(signal.SIGTERM, before)
 
 
 class User:

@@ -97,13 +97,13 @@ class QuantizedLayer(nn.Module):
         floor.copy_(clip * CLIP_FLOOR_SHARE)
 
     def kept_weight(self) -> Tensor:
-        """The weight's kept rows and columns, contiguous: what the compressed layer will hold."""
+        """The weight's kept rows and columns: what the compressed layer will hold."""
         w: Tensor = self.weight
         if self.kept_out is not None:
             w = w.index_select(0, self.kept_out)
         if self.kept_in is not None:
             w = w.index_select(1, self.kept_in)
-        return w.contiguous()
+        return w
 
     def _weight_side(self) -> tuple[Side, Tensor]:
         """The weight's side and its scale v_w * std, statistics detached and over the kept weights alone."""

@@ -72,7 +72,9 @@ class Side:
         x, scale = x.detach(), scale.detach()
         if gate is None or self.form.mode is GateMode.NONE:
             return Operand(memory_view(x, False), None, self.shift, scale, self.levels), self._ungated()
-        return Operand(memory_view(x, True), gate.detach().clone().view(1, -1, 1), self.shift, scale, self.levels), self.form
+        return Operand(
+            memory_view(x, True), gate.detach().clone().view(1, -1, 1), self.shift, scale, self.levels
+        ), self.form
 
     def _ungated(self) -> Form:
         return self.form._replace(mode=GateMode.NONE)
@@ -208,7 +210,9 @@ def _backward(grad: Tensor | None, grad_scale: Tensor, given: _Input) -> Gradien
     if given.side is None:
         return (grad * grad_scale).to(given.x.dtype), None, None, None
     operand, form, flat = _operand(grad, given, given.side)
-    dx, dscale, dgates, dgate = kernels.compiled_backward(operand, form, flat, grad_scale, given.bit_gates.detach().clone())
+    dx, dscale, dgates, dgate = kernels.compiled_backward(
+        operand, form, flat, grad_scale, given.bit_gates.detach().clone()
+    )
     return restore(dx, given.x), dscale.to(given.scale.dtype), dgates, dgate
 
 

@@ -30,14 +30,20 @@ class WeightCodes:
 
 
 def moments(kept: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
-    """Mean and standard deviation (population) of every tensor, 0-dim each, detached."""
+    """Mean and standard deviation (population) of every tensor, 0-dim each, detached.
+
+    Summed in float64, so that the order in memory, which pruning and memory formats change, does not show in the
+    result: the super-network and the compressed network standardise with the same bits.
+    """
     with torch.no_grad():
-        tensors = [w.detach() for w in kept]
-        means = [w.mean() for w in tensors]
-        norms = torch._foreach_norm(torch._foreach_sub(tensors, means))
-        stds = torch._foreach_mul(norms, [1 / math.sqrt(w.numel()) for w in tensors])
+        wide = [w.detach().to(torch.float64, copy=True) for w in kept]
+        means = [w.mean() for w in wide]
+        torch._foreach_sub_(wide, means)
+        stds = torch._foreach_mul(torch._foreach_norm(wide), [1 / math.sqrt(w.numel()) for w in wide])
         torch._foreach_clamp_min_(stds, _MIN_STD)
-    return means, list(stds)
+        types = [w.dtype for w in kept]
+        narrow = [[value.to(t) for value, t in zip(values, types, strict=True)] for values in (means, stds)]
+    return narrow[0], narrow[1]
 
 
 def encode(
@@ -76,7 +82,7 @@ def statistics(
         rows: dict[int, Tensor] = {}
         for i, w in enumerate(kept):
             if w.numel() >= _LARGE:
-                operand = Operand(memory_view(w.detach(), False), None, shifts[i], scales[i].detach(), shifts[i])
+                operand = Operand(memory_view(dense(w.detach()), False), None, shifts[i], scales[i].detach(), shifts[i])
                 sums: Tensor = kernels.compiled_residual_sums(operand, Form(True, GateMode.NONE, grid))
                 rows[i] = sums / w.numel()
         if small:

@@ -8,11 +8,14 @@ import typer
 from harness.data.cli import app as data_app
 from harness.doctor import doctor
 from harness.errors import run_cli
+from harness.tracking.cli import sync, ui
 
 app = typer.Typer(
     name="python -m harness", help=__doc__, no_args_is_help=True, pretty_exceptions_enable=False, add_completion=False
 )
 app.command()(doctor)
+app.command()(ui)
+app.command()(sync)
 app.add_typer(data_app, name="data")
 
 RecipeArgument = Annotated[str, typer.Argument(help="A named recipe, or the path of a TOML file.")]
@@ -25,6 +28,7 @@ def train(
     overrides: SetOption = [],  # noqa: B006 - typer copies it
     run_dir: Annotated[Path | None, typer.Option(help="Folder of the run (default: runs/LABEL-KEY).")] = None,
     ray: Annotated[bool, typer.Option("--ray", help="Use Ray Train with run.workers ranks.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Two steps a stage on made-up images, no data.")] = False,
 ) -> None:
     """Train one trial: pretrain, search, compress, finetune, report. Run again, it goes on where it stopped.
 
@@ -32,7 +36,21 @@ def train(
     """
     from harness.train_cli import train as work
 
-    work(recipe, overrides, run_dir, ray)
+    work(recipe, overrides, run_dir, ray=ray, dry_run=dry_run)
+
+
+@app.command(name="eval")
+def evaluate(
+    target: Annotated[Path, typer.Argument(help="A run directory, a file of one, or an exported network.")],
+    data: Annotated[Path | None, typer.Option(help="Another prepared data set.")] = None,
+    policy: Annotated[Path | None, typer.Option(help="The policy of a plain compressed state dict.")] = None,
+    recipe: Annotated[str | None, typer.Option(help="The recipe, where no config.json lies above TARGET.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Top-1, top-5, loss and cost of anything saved: run, stage, checkpoint, weights, export. Also under torchrun."""
+    from harness.eval_cli import evaluate_saved as work
+
+    work(target, data, policy, recipe, as_json=as_json)
 
 
 @app.command()
@@ -41,8 +59,8 @@ def cost(
     model: Annotated[str, typer.Option(help="A model of the zoo, e.g. resnet18.")],
     policy: Annotated[Path | None, typer.Option(help="A policy.json; without it full precision, 32/32 bits.")] = None,
     convention: Annotated[str, typer.Option(help="mac_product or uniq.")] = "mac_product",
-    classes: Annotated[int | None, typer.Option(help="Outputs [default: 1000, or 100 for the CIFAR models].")] = None,
-    image_size: Annotated[int | None, typer.Option(help="Pixels [default: 224, or 32 for the CIFAR models].")] = None,
+    classes: Annotated[int | None, typer.Option(help="Outputs (default: 1000, or 100 for the CIFAR models).")] = None,
+    image_size: Annotated[int | None, typer.Option(help="Pixels (default: 224, or 32 for the CIFAR models).")] = None,
     explain: Annotated[bool, typer.Option("--explain", help="Say how the figures come about.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:

@@ -145,6 +145,11 @@ class CheckpointFolder:
         self._check()
         self._queue.put(job)
 
+    def write_best(self, stage: str, key: str, state: State) -> None:
+        """Write a state in the background as the best of its stage."""
+        self._check()
+        self._queue.put(lambda: save(self._folder / f"best-{stage}.pt", state, key))
+
     def flush(self) -> None:
         """Wait until everything is written; raises what went wrong."""
         self._queue.join()

@@ -5,6 +5,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 from typing import Any, Literal, NoReturn
@@ -14,16 +15,29 @@ from torch import nn
 
 from harness.checkpoint import CheckpointFolder, State
 from harness.config import Recipe, TrialSpec
+from harness.data import data_checksum
 from harness.data.loader import Loader, open_data
 from harness.errors import Preempted, UserError
 from harness.metrics import Scores, evaluate
 from harness.ranks import Ranks
 from harness.run_dir import MetricsLog, RecordKind, RunDir
 from harness.settings import LEAVE_SIGNALS
+from harness.watch import Watchdog
 
 Report = Callable[[dict[str, Any]], None]
 _STOP_FILE_INTERVAL_S = 0.5
 _PROGRESS_INTERVAL_S = 1.0
+
+
+@dataclass(frozen=True)
+class Data:
+    """Where images come from: `harness.data`, or made-up ones in a dry run."""
+
+    open: Callable[..., Any] = open_data
+    checksum: Callable[[str], str] = data_checksum
+
+
+REAL_DATA = Data()
 
 
 class LeaveRequest:
@@ -62,8 +76,9 @@ class LeaveRequest:
 class Context:
     """One process of one trial. Rank 0 alone has `log` and `checkpoints`; all ranks call the same methods in step."""
 
-    def __init__(self, spec: TrialSpec, ranks: Ranks, report: Report | None = None) -> None:
+    def __init__(self, spec: TrialSpec, ranks: Ranks, report: Report | None = None, data: Data = REAL_DATA) -> None:
         self.spec = spec
+        self.data = data
         self.recipe: Recipe = spec.recipe
         self.ranks = ranks
         self.run = RunDir(spec.run_dir)
@@ -78,10 +93,16 @@ class Context:
         self.last_checkpoint: Path | None = None
         self._loaders: dict[tuple[str, int], Loader] = {}
         self._progress_due_s = 0.0
+        self._watchdog = Watchdog(self.run, ranks.rank, ranks.world, self.recipe.run.stall_limit_s)
 
     def enter(self, stage: str) -> None:
         """Records from here on belong to `stage`."""
         self.stage = stage
+        self.beat("at its start")
+
+    def beat(self, place: str) -> None:
+        """Tell the watchdog that this rank is alive and where in the stage it is."""
+        self._watchdog.beat(f"{self.stage} {place}")
 
     def record(
         self, kind: RecordKind, epoch: int, step: int, metrics: Mapping[str, Any] | None = None, **extra: Any
@@ -118,6 +139,11 @@ class Context:
             self.last_checkpoint = path
 
         self.checkpoints.write(stage, step, key, state | {"seq": covers}, done)
+
+    def write_best(self, key: str, state: State) -> None:
+        """Write the best weights of the current stage so far in the background of rank 0, to best-<stage>.pt."""
+        if self.checkpoints is not None:
+            self.checkpoints.write_best(self.stage, key, state)
 
     def newest_checkpoint(self, key: str, covers: int, step: int) -> State | None:
         """State of the newest sound checkpoint of the current stage on every rank, or None.
@@ -188,13 +214,9 @@ class Context:
         size = self.recipe.data.eval_batch_size or self.recipe.data.batch_size
         return self._loader("val", -(-size // self.ranks.world), 1)
 
-    def example_input(self) -> torch.Tensor:
-        """Zeros in the shape of one image, on the CPU."""
-        size = self.recipe.data.image_size
-        return torch.zeros(1, 3, size, size)
-
     def close(self) -> None:
         """Close what was opened; pending checkpoints are written first."""
+        self._watchdog.close()
         for loader in self._loaders.values():
             loader.close()
         if self.checkpoints is not None:
@@ -205,6 +227,7 @@ class Context:
         batches = iter(loader.epoch(0))
         for _ in range(self.ranks.max(len(loader))):
             leave = self.ranks.begin_max(self.leave.asked())
+            self.beat("in validation")
             batch = next(batches, None)
             if batch is not None:
                 yield batch
@@ -216,7 +239,7 @@ class Context:
     def _loader(self, split: Literal["train", "val"], batch_size: int, epochs: int) -> Loader:
         key = (split, epochs if self.recipe.data.resize_schedule else 0)
         if key not in self._loaders:
-            self._loaders[key] = open_data(
+            self._loaders[key] = self.data.open(
                 self.recipe.data,
                 split,
                 batch_size=batch_size,
@@ -230,9 +253,9 @@ class Context:
             self._check_classes(self._loaders[key].num_classes)
         return self._loaders[key]
 
-    def _check_classes(self, found: int) -> None:
+    def _check_classes(self, found: int | None) -> None:
         classes = self.recipe.model.num_classes
-        if found != classes:
+        if found is not None and found != classes:
             raise UserError(
                 f"model.num_classes = {classes}, but {self.recipe.data.dir} holds {found} classes. "
                 f"Set model.num_classes={found} or choose other data."

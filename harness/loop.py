@@ -27,6 +27,7 @@ from harness.errors import TrainingError
 from harness.metrics import Scores, Stopwatch, score_sums
 from harness.optim import averaged, build_optimizer, lr_factor, set_lr
 from harness.ranks import norm_statistics, seed_step, set_norm_statistics
+from harness.watch import StepProfiler
 
 # What the ranks may agree upon, the gravest wins.
 _GO_ON, _CHECKPOINT, _LEAVE, _GIVE_UP = range(4)
@@ -37,7 +38,8 @@ _LOSSES_IN_FLIGHT = 4
 class Job:
     """What one stage trains: `penalty(step)` is added to the loss, `teacher` is imitated, `telemetry` is recorded.
 
-    `key` is the identity of the stage; `start_step` counts the steps of the stages before.
+    `key` is the identity of the stage; `start_step` counts the steps of the stages before; `policy` describes `net` if
+    it is compressed.
     """
 
     stage: str
@@ -48,6 +50,7 @@ class Job:
     penalty: Callable[[int], torch.Tensor] | None = None
     teacher: nn.Module | None = None
     telemetry: Callable[[], dict[str, float]] = dict
+    policy: dict[str, Any] | None = None
 
 
 @dataclass
@@ -72,6 +75,10 @@ class StageLoop:
         self._scaler = torch.amp.GradScaler(ranks.device.type, enabled=run.precision == "fp16")
         # Sums over the epoch so far: images, right at 1, right at 5, cross-entropy, penalty x images.
         self._sums = torch.zeros(5, dtype=torch.float64, device=ranks.device)
+        self._best_top1 = -1.0
+        self._profiler = StepProfiler(
+            context.run.path / f"trace-{job.stage}.json", run.profile_steps if ranks.main else 0
+        )
         self._fault = ""
         self._losses: deque[tuple[torch.Tensor, int, int]] = deque()
         self._begin_s = self._last_checkpoint_s = time.monotonic()
@@ -116,9 +123,12 @@ class StageLoop:
         while self.at.batch < steps:
             agreed = self.ranks.begin_max(max(self._wish(), self._due()))
             begin_s = time.perf_counter()
+            self.context.beat("waiting for data")
             images, labels = next(batches)
             wait_s = time.perf_counter() - begin_s
+            self.context.beat(f"at step {self._global_step()}")
             self._step(images, labels)
+            self._profiler.step()
             watch.step(len(labels) * self.ranks.world, wait_s)
             self.at.batch += 1
             self.at.step += 1
@@ -187,6 +197,11 @@ class StageLoop:
         self.context.progress(
             self.at.epoch, self.job.config.epochs, self._global_step(), speed["speed/images_per_s"], now=True
         )
+        if scores.top1 > self._best_top1:
+            self._best_top1 = scores.top1
+            best = {"epoch": self.at.epoch, "top1": scores.top1, "policy": self.job.policy}
+            if self.ranks.main:
+                self.context.write_best(self.job.key, best | {"net": to_cpu(self.weights().state_dict())})
         self.context.report({"stage": stage, "epoch": self.at.epoch, **metrics})
 
     # What the ranks agree upon ------------------------------------------------------------------------------------
@@ -258,12 +273,15 @@ class StageLoop:
             "scaler": self._scaler.state_dict(),
             "ema": None if self._ema is None else self._ema.state_dict(),
             "sums": sums,
+            "best_top1": self._best_top1,
+            "policy": self.job.policy,
             "norms": norms,
         }
         self.context.write_checkpoint(self._global_step(), self.job.key, self.at.epoch, to_cpu(state))
 
     def _restore(self, state: State) -> None:
         self._earlier_s = state["elapsed_s"]
+        self._best_top1 = state["best_top1"]
         self.job.net.load_state_dict(state["net"])
         self._optimizer.load_state_dict(state["optimizer"])
         self._scaler.load_state_dict(state["scaler"])

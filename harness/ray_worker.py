@@ -4,7 +4,6 @@ The loop keeps its own checkpoints in the run directory and finds them at start,
 (after a lost worker or node, or with another number of ranks) goes on by itself. Ray's checkpoints are not used.
 """
 
-import os
 import time
 from pathlib import Path
 from typing import Any
@@ -17,19 +16,13 @@ from harness.run_dir import RunDir
 _CONTROLLER_FAILURES = 5
 # Patience with a shared file system that shows another machine's files late.
 _VISIBILITY_LIMIT_S = 10.0
-_DEFAULTS = {
-    # On a busy machine workers need longer than the default minute to import; Train would start over and over.
-    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "300",
-    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
-    "RAY_TRAIN_METRICS_ENABLED": "0",
-    "RAY_CHDIR_TO_TRIAL_DIR": "0",
-}
 
 
 def fit(spec: TrialSpec, *, inside_tune: bool) -> dict[str, Any]:
     """Run a trial, or go on with it, and wait for its end; the content of its result.json.
 
-    With several workers it runs as a Ray Train worker group; a single one needs none and runs in this process.
+    With several workers it runs as a Ray Train worker group on the cluster that this process has joined
+    (`harness.ray_cluster`); a single one needs none and runs in this process.
     `inside_tune`: pass every epoch's metrics on to the Tune trial that this process is.
     Raises `Preempted` after an orderly leave, `UserError` for what a person must mend, and Ray's TrainingFailedError
     when the group failed more often than run.max_restarts.
@@ -41,8 +34,6 @@ def fit(spec: TrialSpec, *, inside_tune: bool) -> dict[str, Any]:
     folder.clear_error()
     if spec.recipe.run.max_workers == 1:
         return _in_process(spec, inside_tune=inside_tune)
-    for name, value in _DEFAULTS.items():
-        os.environ.setdefault(name, value)
     _fit_group(spec, inside_tune)
     return _outcome(folder)
 
@@ -65,8 +56,6 @@ def _fit_group(spec: TrialSpec, inside_tune: bool) -> None:
     from ray.train.torch import TorchConfig, TorchTrainer
 
     run = spec.recipe.run
-    if not ray.is_initialized():
-        ray.init(address=os.environ.get("RAY_ADDRESS"), log_to_driver=False, include_dashboard=False)
     require_capacity(run, [node["Resources"] for node in ray.nodes() if node["Alive"]])
     callbacks = []
     if inside_tune:

@@ -9,6 +9,7 @@ from torch import nn
 
 import sbs
 from harness.metrics import Scores
+from harness.networks import example_input
 from harness.settings import RESULT_SCHEMA
 from sbs.graph import analyze
 
@@ -25,7 +26,7 @@ def build_result(
     by MACs, over the layers that a search decides on (not the first and the last); the pruned share is of channels.
     """
     spec, recipe = context.spec, context.recipe
-    example = context.example_input()
+    example = example_input(recipe)
     shape = tuple(example.shape[1:])
     whole = sbs.cost(model, shape)
     cost = sbs.cost(net.cpu(), shape)

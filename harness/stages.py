@@ -9,7 +9,7 @@ import logging
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
@@ -20,12 +20,12 @@ from torch import nn
 import sbs
 from harness.checkpoint import State, load, load_weights, save, save_weights, to_cpu, weights_digest
 from harness.config import Recipe, TrainConfig, TrialSpec, digest, identity
-from harness.context import Context, Report
-from harness.data import data_checksum
-from harness.errors import UserError, is_user_error
+from harness.context import REAL_DATA, Context, Data, Report
+from harness.errors import is_user_error
 from harness.loop import Job, StageLoop
+from harness.networks import compressed, example_input, full_precision, merged, supernet
 from harness.provenance import record_start
-from harness.ranks import arithmetic, joined, seed_step
+from harness.ranks import arithmetic, joined
 from harness.result import build_result
 from harness.run_dir import RunDir, write_json
 
@@ -49,6 +49,7 @@ def run(
     report: Report | None = None,
     device: torch.device | None = None,
     launcher: str | None = None,
+    data: Data = REAL_DATA,
 ) -> dict[str, Any]:
     """Run one trial on this process's ranks, or go on with it; the content of its result.json.
 
@@ -64,7 +65,7 @@ def run(
         joined(spec.recipe.run, device=device, launcher=launcher) as ranks,
         folder.lock() if ranks.main else nullcontext(),
     ):
-        context = Context(spec, ranks, report)
+        context = Context(spec, ranks, report, data)
         if ranks.main:
             write_json(folder.config_path, spec.recipe.to_dict())
             record_start(folder, launcher=ranks.launcher, world=ranks.world)
@@ -86,13 +87,22 @@ def plan(recipe: Recipe) -> tuple[str, ...]:
         return ("pretrain",)
     if method.startswith("uniform_"):
         return ("pretrain", "compress", "finetune")
+    if method == "prune_then_quant":
+        return ("pretrain", "prune", "search", "compress", "finetune")
     return ("pretrain", "search", "compress", "finetune")
 
 
 def stage_config(recipe: Recipe, stage: str) -> TrainConfig | None:
-    """How a stage trains; None for one that does not. Uniform networks train as long as a search and its finetune."""
-    if stage == "finetune" and recipe.search.method.startswith("uniform_"):
-        return recipe.finetune.model_copy(update={"epochs": recipe.search.epochs + recipe.finetune.epochs})
+    """How a stage trains; None for one that does not.
+
+    All methods get the same epochs: uniform networks train as long as a search and its finetune, prune-then-quantise
+    divides the search's epochs among its two searches.
+    """
+    method, epochs = recipe.search.method, recipe.search.epochs
+    if stage == "finetune" and method.startswith("uniform_"):
+        return recipe.finetune.model_copy(update={"epochs": epochs + recipe.finetune.epochs})
+    if method == "prune_then_quant" and stage in {"prune", "search"}:
+        return recipe.search.model_copy(update={"epochs": epochs // 2 if stage == "prune" else epochs - epochs // 2})
     return {"pretrain": recipe.pretrain, "search": recipe.search, "finetune": recipe.finetune}.get(stage)
 
 
@@ -112,12 +122,13 @@ class _Trial:
         self.context = context
         self.recipe = context.recipe
         self.ranks = context.ranks
-        self.example = context.example_input()
-        self.checksum = data_checksum(self.recipe.data.dir)
+        self.example = example_input(self.recipe)
+        self.checksum = context.data.checksum(self.recipe.data.dir)
         init = context.spec.init
         self.given = None if init is None else self.ranks.share(load_weights(Path(init)) if self.ranks.main else None)
         self.work: dict[str, Callable[[Outcome], Outcome]] = {
             "pretrain": self._pretrain,
+            "prune": self._prune,
             "search": self._search,
             "compress": self._compress,
             "finetune": self._finetune,
@@ -181,11 +192,23 @@ class _Trial:
     # Stages -------------------------------------------------------------------------------------------------------
 
     def _pretrain(self, before: Outcome) -> Outcome:
-        return self._train("pretrain", self._to_device(self._model(None)), before)
+        return self._train("pretrain", self._to_device(full_precision(self.recipe)), before)
+
+    def _prune(self, before: Outcome) -> Outcome:
+        """The first of two searches: channels alone. Ends with the pruned network, still in full precision."""
+        net = supernet(self.recipe, full_precision(self.recipe, before.net), "prune")
+        after = self._train_supernet("prune", net, before)
+        net.cpu().load_state_dict(after.net)
+        policy = sbs.freeze(net)
+        pruned = sbs.compress(net, policy)
+        return replace(after, net=to_cpu(pruned.state_dict()), policy=as_document(policy))
 
     def _search(self, before: Outcome) -> Outcome:
+        net = supernet(self.recipe, self._saved_net(before))
+        return self._train_supernet("search", net, before)
+
+    def _train_supernet(self, stage: str, net: sbs.SuperNet, before: Outcome) -> Outcome:
         search = self.recipe.search
-        net = sbs.prepare(self._model(before.net), self._space(), self.example)
         self._to_device(net)
         pressure = search.lambda_ or 0.0
 
@@ -195,7 +218,7 @@ class _Trial:
             return pressure * sbs.bop_penalty(net, gradient=gradient)
 
         return self._train(
-            "search",
+            stage,
             net,
             before,
             prepare=lambda: sbs.calibrate(net, self._calibration()),
@@ -209,20 +232,21 @@ class _Trial:
         method = self.recipe.search.method
         if method.startswith("uniform_"):
             bits = int(method.removeprefix("uniform_"))
-            model = self._model(before.net)
+            model = full_precision(self.recipe, before.net)
             policy = sbs.Policy.uniform(model, self.example, bits, bits)
             net = self._to_device(sbs.compress(model, policy, example_input=self.example))
             sbs.calibrate(net, self._calibration())
         else:
-            supernet = sbs.prepare(self._model(None), self._space(), self.example)
-            supernet.load_state_dict(before.net)
-            policy = sbs.freeze(supernet)
-            net = self._to_device(sbs.compress(supernet, policy))
+            base = replace(before, net={})
+            searched = supernet(self.recipe, self._saved_net(base), weights=before.net)
+            policy = sbs.freeze(searched)
+            net = self._to_device(sbs.compress(searched, policy))
+            if before.policy is not None:
+                policy = merged(before.policy, policy)
         scores = self.context.evaluate(net)
         seq = self.context.record("metrics", 0, before.step, scores.named("compress"))
         timings = before.timings_s | {"compress": time.monotonic() - begin_s}
-        document = json.loads(json.dumps(policy.to_json()))  # as it comes back from a file: lists for tuples
-        return Outcome(to_cpu(net.state_dict()), document, before.step, seq, timings)
+        return Outcome(to_cpu(net.state_dict()), as_document(policy), before.step, seq, timings)
 
     def _finetune(self, before: Outcome) -> Outcome:
         return self._train("finetune", self._to_device(self._saved_net(before)), before)
@@ -233,7 +257,7 @@ class _Trial:
         net = self._to_device(self._saved_net(outcome))
         scores = context.evaluate(net)
         timings = outcome.timings_s | {"report": time.monotonic() - begin_s}
-        result = build_result(context, net, self._model(None), scores, timings)
+        result = build_result(context, net, full_precision(self.recipe), scores, timings)
         if self.ranks.main:
             save_weights(context.run.weights_path, outcome.net)
             if outcome.policy is not None:
@@ -260,7 +284,7 @@ class _Trial:
         if state is None and prepare is not None:
             prepare()
         teacher = self._teacher() if config.distill else None
-        job = Job(stage, key, net, config, before.step, penalty, teacher, telemetry)
+        job = Job(stage, key, net, config, before.step, penalty, teacher, telemetry, before.policy)
         loop = StageLoop(job, self.context, state)
         loop.run()
         seq = 0 if self.context.log is None else self.context.log.last_seq
@@ -270,43 +294,19 @@ class _Trial:
 
     # Networks -----------------------------------------------------------------------------------------------------
 
-    def _model(self, weights: State | None) -> nn.Module:
-        """The full-precision network with given weights, or as the recipe starts it."""
-        seed_step(self.recipe.run.seed, 0, 0)
-        model = sbs.models.build(self.recipe.model.name, self.recipe.model.num_classes)
-        if weights is None and self.recipe.model.weights is not None:
-            weights = load_weights(Path(self.recipe.model.weights))
-        if weights is not None:
-            load_into(model, weights, self.recipe.model.name)
-        return model
-
     def _saved_net(self, outcome: Outcome) -> nn.Module:
         """The network that an outcome describes: full precision, or compressed by its policy."""
+        weights = outcome.net or None
         if outcome.policy is None:
-            return self._model(outcome.net)
-        net = sbs.compress(self._model(None), sbs.Policy.from_json(outcome.policy), example_input=self.example)
-        net.load_state_dict(outcome.net)
-        return net
+            return full_precision(self.recipe, weights)
+        return compressed(self.recipe, outcome.policy, weights)
 
     def _teacher(self) -> nn.Module:
         weights = self.given
         if weights is None:
             saved = self._saved("pretrain") if self.ranks.main else None
             weights = self.ranks.share(saved)["net"]
-        return self._to_device(self._model(weights)).eval().requires_grad_(requires_grad=False)
-
-    def _space(self) -> sbs.SearchSpace:
-        search = self.recipe.search
-        weight_bits, activation_bits = search.weight_bits, search.activation_bits
-        if search.method == "sbs_prune":
-            weight_bits = activation_bits = (search.prune_only_bits,)
-        return sbs.SearchSpace(
-            weight_bits=weight_bits,
-            activation_bits=activation_bits,
-            prune=search.method != "sbs_quant",
-            group_size=search.group_size,
-            max_prune_share=search.max_prune_share,
-        )
+        return self._to_device(full_precision(self.recipe, weights)).eval().requires_grad_(requires_grad=False)
 
     def _calibration(self) -> list[torch.Tensor]:
         """This rank's share of the first training batches."""
@@ -319,10 +319,6 @@ class _Trial:
         return net.to(self.ranks.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
 
 
-def load_into(model: nn.Module, weights: State, name: str) -> None:
-    """Load a state dict; `UserError` naming the first keys that do not fit."""
-    try:
-        model.load_state_dict(weights)
-    except RuntimeError as error:
-        reason = " ".join(str(error).split())[:400]
-        raise UserError(f"the given weights do not fit model.name = {name!r}: {reason}") from None
+def as_document(policy: sbs.Policy) -> dict[str, Any]:
+    """A policy as it comes back from a file: lists for tuples."""
+    return json.loads(json.dumps(policy.to_json()))

@@ -1,39 +1,67 @@
 """The work of `python -m harness train`."""
 
-import logging
 import os
-from collections.abc import Sequence
+import signal
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 from harness.config import Recipe, TrialSpec, load_recipe, trial_key, trial_label
 from harness.data import ensure
 from harness.run_dir import RunDir
-from harness.settings import DEFAULT_RUNS_DIR
-
-log = logging.getLogger(__name__)
+from harness.settings import DEFAULT_RUNS_DIR, LEAVE_SIGNALS
 
 
-def train(recipe_name: str, overrides: Sequence[str], run_dir: Path | None, ray: bool) -> None:
+def train(recipe_name: str, overrides: Sequence[str], run_dir: Path | None, *, ray: bool, dry_run: bool) -> None:
     """Train one recipe in this process, on torchrun's ranks, or with Ray Train; print where it ended."""
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    if dry_run:
+        from harness.dry_run import dry_run as try_out
+
+        print(summary(try_out(load_recipe(recipe_name, overrides)), "dry run: the figures mean nothing"))
+        return
+    main_rank = os.environ.get("RANK", "0") == "0"
     if not ray:
         # The identity of a trial holds the number of ranks that it really has.
         overrides = [*overrides, f"run.workers={os.environ.get('WORLD_SIZE', '1')}"]
     spec = make_spec(load_recipe(recipe_name, overrides), run_dir)
-    folder = RunDir(spec.run_dir)
-    folder.clear_stop()
-    folder.clear_error()
-    if ray:
-        from harness.ray_worker import fit
-
-        result = fit(spec, inside_tune=False)
-    else:
-        from harness.stages import run
-
-        result = run(spec)
-    if os.environ.get("RANK", "0") == "0":
+    folder = RunDir(spec.run_dir).create()
+    if main_rank:
+        folder.clear_stop()
+        folder.clear_error()
+    with _shown(folder, spec.label) if main_rank else nullcontext():
+        result = _on_ray(spec) if ray else _here(spec)
+    if main_rank:
         print(summary(result, spec.run_dir))
+
+
+def _here(spec: TrialSpec) -> dict[str, Any]:
+    from harness.stages import run
+
+    return run(spec)
+
+
+def _on_ray(spec: TrialSpec) -> dict[str, Any]:
+    from harness.ray_cluster import joined
+    from harness.ray_worker import fit
+
+    def pass_on(number: int, frame: FrameType | None) -> None:  # noqa: ARG001 - a signal handler's signature
+        RunDir(spec.run_dir).request_stop()
+
+    with joined(None):
+        for number in LEAVE_SIGNALS:  # after joined(): Ray takes SIGTERM for itself
+            signal.signal(number, pass_on)
+        return fit(spec, inside_tune=False)
+
+
+@contextmanager
+def _shown(folder: RunDir, label: str) -> Iterator[None]:
+    from harness.progress import Board
+
+    with Board(1) as board:
+        board.began([(folder, label)])
+        yield
 
 
 def make_spec(recipe: Recipe, run_dir: Path | None = None) -> TrialSpec:

@@ -37,7 +37,8 @@ def finished(data: Path, tmp_path_factory: pytest.TempPathFactory):
 
     def trial(method: str) -> tuple[dict[str, Any], RunDir]:
         if method not in made:
-            spec = tiny.spec(data, tmp_path_factory.mktemp(method), f"search.method={method}", *QUICK)
+            search = "search.epochs=2" if method == "prune_then_quant" else "search.epochs=1"
+            spec = tiny.spec(data, tmp_path_factory.mktemp(method), f"search.method={method}", *QUICK, search)
             made[method] = stages.run(spec), RunDir(spec.run_dir)
         return made[method]
 
@@ -89,8 +90,23 @@ def test_prune_only_leaves_the_bits_at_32(finished: Any):
     assert result["bop_reduction"] > 1
 
 
-def test_result_is_what_its_files_say(finished: Any, data: Path):
-    result, run = finished("sbs")
+def test_prune_then_quantise_searches_channels_first_and_bits_after(finished: Any):
+    result, run = finished("prune_then_quant")
+    assert [r["stage"] for r in run.metrics() if r["kind"] == "metrics"] == [
+        "pretrain", "prune", "search", "compress", "finetune", "report",
+    ]  # fmt: skip
+    prune, search = (
+        r["metrics"] for r in run.metrics() if r["stage"] in {"prune", "search"} and r["kind"] == "metrics"
+    )
+    assert not any(name.startswith("gates/mean_weight") for name in prune)
+    assert "gates/open_channel" not in search
+    assert result["pruned_share"] > 0
+    assert 2 <= result["mean_weight_bits"] < 8
+
+
+@pytest.mark.parametrize("method", ["sbs", "prune_then_quant"])
+def test_result_is_what_its_files_say(method: str, finished: Any, data: Path):
+    result, run = finished(method)
     recipe = tiny.recipe(data)
     policy = sbs.Policy.load(run.policy_path)
     net = sbs.compress(sbs.models.build("resnet20", 8), policy, example_input=torch.zeros(1, 3, 16, 16))

@@ -80,7 +80,7 @@ def main_rank(run: RunDir) -> int:
 
 @pytest.mark.ray
 @pytest.mark.timeout(400)
-def test_ray_train_gives_torchruns_bits_though_workers_and_driver_are_killed(
+def test_ray_train_gives_torchruns_bits_though_workers_driver_and_head_are_killed(
     recipe_file: Path, tmp_path: Path, undisturbed: RunDir
 ):
     run, log = RunDir(tmp_path / "run"), tmp_path / "log"
@@ -93,12 +93,18 @@ def test_ray_train_gives_torchruns_bits_though_workers_and_driver_are_killed(
         before = epochs_done(run, "search")
         kill(main_rank(run))
         wait_for(lambda: starts(run) == 3 and epochs_done(run, "search") > before, 90, "a group after rank 0 died")
+        driver.terminate()
+        assert driver.wait(60) == 85
+    assert "run the same command again" in log.read_text()
+    with running(command, log, ONE_THREAD) as driver:
+        before = epochs_done(run, "search")
+        wait_for(lambda: epochs_done(run, "search") > before, 90, "going on after SIGTERM")
         head = [pid for pid in descendants(driver.pid) if "gcs_server" in command_line(pid)]
         assert len(head) == 1
         kill(*head, driver.pid)
     assert run.result() is None
     finish(command, log)
-    assert starts(run) == 4
+    assert starts(run) == 5
     assert trace(run) == trace(undisturbed)
     result = run.result()
     assert result is not None

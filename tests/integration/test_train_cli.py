@@ -1,0 +1,60 @@
+"""`python -m harness train` as a person meets it: what it prints, how it ends, what it says about mistakes."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from harness.run_dir import RunDir
+from tests.integration import tiny
+
+pytestmark = pytest.mark.integration
+
+
+def harness(*arguments: str, limit_s: float = 120) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "harness", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=limit_s)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["digits_resnet2"], ["no recipe is named 'digits_resnet2'", "did you mean 'digits_resnet20'"]),
+        (["digits_resnet20", "--set", "search.lamda=1"], ["unknown key `search.lamda`", "did you mean 'lambda'"]),
+        (["digits_resnet20", "--set", "pretrain.epochs=few"], ["`pretrain.epochs` = 'few'", "integer"]),
+        (["digits_resnet20", "--set", "data.source=photos"], ["unknown source 'photos'", "imagefolder:DIR"]),
+    ],
+)
+def test_mistakes_end_with_2_and_one_message(arguments: list[str], words: list[str], tmp_path: Path):
+    done = harness("train", *arguments, "--set", f"data.dir={tmp_path}/data", "--run-dir", str(tmp_path / "run"))
+    assert done.returncode == 2
+    assert "Traceback" not in done.stderr
+    for word in words:
+        assert word in done.stderr
+
+
+@pytest.mark.ffcv
+def test_a_run_from_a_recipe_file(tmp_path: Path):
+    data = tiny.write_data(tmp_path)
+    recipe = tmp_path / "tiny.toml"
+    dataset = f'[data]\nsource = "imagefolder:{data.parent}/images"\ndir = "{data}"\n'
+    recipe.write_text(tiny.RECIPE.replace("[data]\n", dataset))
+    quick = ["--set", "search.method=full_precision", "--set", "pretrain.epochs=1", "--run-dir", str(tmp_path / "run")]
+    done = harness("train", str(recipe), *quick)
+    assert done.returncode == 0, done.stderr
+    result = RunDir(tmp_path / "run").result()
+    assert result is not None
+    assert f"top-1 {result['top1']:.2f}%" in done.stdout
+    assert "mac_product, all convolution and linear layers" in done.stdout
+    assert str(tmp_path / "run") in done.stdout
+    wrong = harness("train", str(recipe), *quick[:-1], str(tmp_path / "other"), "--set", "model.num_classes=10")
+    assert wrong.returncode == 2
+    assert "model.num_classes = 10, but" in wrong.stderr
+    assert "holds 8 classes. Set model.num_classes=8" in wrong.stderr
+    assert "Traceback" not in wrong.stderr
+    if not torch.cuda.is_available():
+        gpus = harness("train", str(recipe), "--set", "run.gpus_per_worker=1", "--run-dir", str(tmp_path / "gpu"))
+        assert gpus.returncode == 2
+        assert "run.gpus_per_worker = 1, but this machine shows no CUDA device" in gpus.stderr

@@ -17,6 +17,8 @@ MARKERS = {
     "full_precision": "*", "sbs": "o", "sbs_prune": "v", "sbs_quant": "^", "uniform_2": "s", "uniform_4": "s",
     "uniform_8": "s", "prune_then_quant": "D",
 }  # fmt: skip
+MOST_LABELS = 60
+"""Points of one model beyond which names would only hide each other."""
 COLOURS = ("#1f4e9c", "#b3421b", "#2c7a3f", "#7a3f9c", "#8a6d00", "#3b8f96")
 
 
@@ -58,7 +60,7 @@ def write(frontier: Frontier, path: Path, kind: Literal["png", "svg"]) -> None:
         axes.set_title(", ".join(frontier.experiments))
         axes.grid(visible=True, which="both", alpha=0.25)
         if frontier.rows:
-            axes.legend(fontsize=8)
+            axes.legend(fontsize=8, loc="lower right")  # "best" looks at every pair of points
         content = io.BytesIO()
         metadata: dict[str, Any] = {"Date": None} if kind == "svg" else {"Software": None}
         figure.savefig(content, format=kind, metadata=metadata)
@@ -85,7 +87,7 @@ def _draw_family(axes: "Axes", frontier: Frontier, family: tuple[str, str], colo
             color=[to_rgba(colour, 1.0 if frontier.is_best(row) else 0.4) for row in group],
             label=f"{name} {method}".strip(),
         )
-    for row in rows:
+    for row in rows if len(rows) <= MOST_LABELS else []:
         axes.annotate(_tag(row), (row.gbops, row.top1), textcoords="offset points", xytext=(5, 4), fontsize=7)
     _draw_published(axes, rows, family, colour)
 

@@ -106,7 +106,7 @@ class Waves:
     def _on_begin(self, spec: TrialSpec) -> None:
         run, name = RunDir(spec.run_dir).create(), self._sweep.space.name
         named = {"key": spec.key, "label": spec.label, "experiment": name, "sweep": name}
-        write_json(run.path / "trial.json", named)
+        write_json(run.path / "trial.json", named | {"data_checksum": self._sweep.planner.checksum})
         self._stop.watch(run)
         self._mirror.watch(run)
         self._board.began([(run, spec.label)])
@@ -114,5 +114,7 @@ class Waves:
     def _on_end(self, ending: Ending) -> None:
         run = RunDir(ending.spec.run_dir)
         self.endings.append(ending)
+        if ending.ended == "finished":
+            write_json(run.path / "wall.json", {"wall_s": ending.wall_s})
         self._mirror.ended(run, STATUS[ending.ended])
         self._board.ended(run, f"{ending.spec.label}: {outcome.words(ending)}")

@@ -71,11 +71,17 @@ def params(config: Mapping[str, Any]) -> dict[str, str]:
 
 
 def tags(run: RunDir, config: Mapping[str, Any]) -> dict[str, str]:
-    """Identity and provenance as tags."""
+    """Identity and provenance (of the last start, and how many there were) as tags."""
     found = {POINT_TAG: point(config), ROLE_TAG: "trial"}
-    provenance = read_json(run.provenance_path) or {}
-    for key, value in _flatten(provenance):
-        found[f"provenance.{key}"] = value[:5000]
+    named = read_json(run.path / "trial.json") or {}
+    if "data_checksum" in named:
+        found["harness.data_checksum"] = str(named["data_checksum"])
+    starts = (read_json(run.provenance_path) or {}).get("starts", [])
+    if starts:
+        last = dict(_flatten(starts[-1])) | {"starts": str(len(starts))}
+        found |= {f"provenance.{key}": value[:5000] for key, value in last.items() if value}
+        if "commit" in last:
+            found["mlflow.source.git.commit"] = last["commit"]
     result = run.result()
     if result:
         found[CONVENTION_TAG] = str(result["convention"])

@@ -47,7 +47,7 @@ def write_trial(spec: TrialSpec, *, epochs: int = 3, finish: bool = True, time_s
     """Fill a run directory as a trial would; one checkpoint after every epoch."""
     run = RunDir(spec.run_dir).create()
     write_json(run.config_path, spec.recipe.to_dict())
-    write_json(run.provenance_path, {"git": {"commit": "0" * 40}, "host": "fake"})
+    write_json(run.provenance_path, {"starts": [{"time": time_s, "commit": "0" * 40, "host": "fake"}]})
     records = []
     for epoch in range(1, epochs + 1):
         seq = 2 * epoch - 1

@@ -71,12 +71,19 @@ def test_summaries_need_a_result(tmp_path: Path):
 def test_tags_tell_provenance_and_errors(tmp_path: Path):
     run = RunDir(tmp_path)
     config = load_recipe("digits_resnet20").to_dict()
-    write_json(run.provenance_path, {"git": {"commit": "abc", "dirty": False}})
+    starts = [
+        {"commit": "old", "dirty": True},
+        {"commit": "abc", "dirty": False, "versions": {"torch": "2"}, "job": {}},
+    ]
+    write_json(run.provenance_path, {"starts": starts})
+    write_json(run.path / "trial.json", {"key": "k", "data_checksum": "feed"})
     write_json(run.error_path, {"message": "the loss is nan", "stage": "search"})
     tags = record.tags(run, config)
-    assert tags["provenance.git.commit"] == "abc"
+    assert tags["provenance.commit"] == tags["mlflow.source.git.commit"] == "abc"
+    assert (tags["provenance.starts"], tags["provenance.versions.torch"]) == ("2", "2")
+    assert tags["harness.data_checksum"] == "feed"
     assert tags["harness.error"] == "the loss is nan"
-    assert json.loads(tags["provenance.git.dirty"]) is False
+    assert json.loads(tags["provenance.dirty"]) is False
 
 
 def test_trials_are_found_from_any_level(tmp_path: Path):

@@ -1,10 +1,12 @@
 """Reads the output of a task, also while it grows, also across its lives."""
 
+import contextlib
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import BinaryIO
 
+from harness.errors import UserError
 from slurm.files import refresh
 from slurm.records import Submission, finished
 from slurm.status import TaskStatus, look
@@ -33,7 +35,8 @@ def follow(
         just_ended = not status.over and finished(submission.task_folder(index)) is not None
         if now >= next_look or just_ended:
             next_look = now + _LOOK_EVERY_S
-            status = status_of(submission, index)
+            with contextlib.suppress(UserError):  # SLURM does not answer at the moment: it will
+                status = status_of(submission, index)
             if tell is not None and (status.state, max(status.lives, 1)) != told:
                 told = (status.state, max(status.lives, 1))
                 tell(status)

@@ -48,9 +48,11 @@ class Place:
                 memory_mib=None,
                 under_slurm=False,
             )
+        # never the plain id of an array's task: one of them has the id of the whole array
+        array = environ.get("SLURM_ARRAY_JOB_ID")
         cpus = environ.get("SLURM_CPUS_PER_TASK") or environ.get("SLURM_CPUS_ON_NODE") or "1"
         return cls(
-            job_id=environ["SLURM_JOB_ID"],
+            job_id=f"{array}_{environ['SLURM_ARRAY_TASK_ID']}" if array else environ["SLURM_JOB_ID"],
             restart=int(environ.get("SLURM_RESTART_COUNT", "0")),
             rank=int(environ.get("SLURM_PROCID", "0")),
             world=int(environ.get("SLURM_STEP_NUM_TASKS") or environ.get("SLURM_NTASKS") or "1"),

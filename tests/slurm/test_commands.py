@@ -32,6 +32,14 @@ def test_array_in_a_folder_with_a_hostile_name(cluster: Cluster):
     )
 
 
+def test_only_the_task_that_asks_for_it_goes_back_to_the_queue(user: User):
+    """One task of an array has the array's own id in SLURM: putting that one back must not put back the others."""
+    code = "echo x >> {index}.lives; [ {index} = 0 ] && sleep 8 || [ $(wc -l < {index}.lives) -ge 2 ] || exit 85"
+    user.slurm("submit", "--name", "array", "--array", "3", "--no-snapshot", "--wait", "--", "sh", "-c", code)
+    tasks = json.loads(user.slurm("status", "--json", "array").stdout)
+    assert [(task["state"], task["lives"]) for task in tasks] == [("COMPLETED", 1), ("COMPLETED", 2), ("COMPLETED", 2)]
+
+
 def test_copy_of_the_code_is_what_runs(user: User):
     script = user.home / "script.py"
     script.write_text("print('as submitted')\n")

@@ -39,6 +39,11 @@ def test_variables_that_sites_leave_out_or_write_otherwise(changes: dict[str, st
     assert getattr(Place.from_environ(STEP | changes), field) == expected
 
 
+def test_task_of_an_array_never_goes_by_the_array_s_own_id():
+    place = Place.from_environ(STEP | {"SLURM_JOB_ID": "40", "SLURM_ARRAY_JOB_ID": "40", "SLURM_ARRAY_TASK_ID": "3"})
+    assert place.job_id == "40_3"
+
+
 def test_place_without_slurm_counts_lives_itself():
     place = Place.from_environ({"SUBMITIT_LOCAL_JOB_ID": "99", "CUDA_VISIBLE_DEVICES": "0,1"}, lives_before=3)
     assert (place.life, place.rank, place.world, place.gpus, place.under_slurm) == ("99.3", 0, 1, 2, False)

@@ -49,6 +49,11 @@ def from_folders(folders: Sequence[Path]) -> Frontier:
 
 def from_store(store: Store, experiments: Sequence[str]) -> Frontier:
     """Rows of all finished trials of these experiments in a store. Raises `UserError` for an unknown name."""
+    if store.is_absent():
+        raise UserError(
+            f"there is no MLflow store at {store.uri}. Run a sweep first, name the runs folder (--runs), set "
+            "MLFLOW_TRACKING_URI, or take the rows from a sweep's folder (--folder)."
+        )
     rows = []
     for name in experiments:
         found = store.summaries(name)

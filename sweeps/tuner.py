@@ -67,7 +67,7 @@ def run_wave(specs: Sequence[TrialSpec], settings: TuneSettings, *, prune: bool)
 
 
 def run_search(planner: Planner, samples: int, points: Sequence[Point], settings: TuneSettings) -> None:
-    """Let Optuna find `samples` points, top-1 up, BOPs down; `points`, left unfinished by an earlier driver, come first.
+    """Let Optuna find `samples` points, top-1 up, BOPs down; `points` that an earlier driver began come first.
 
     What was suggested and what came out stands in the sweep's folder (optuna.log), so a later driver learns from all.
     """

@@ -69,6 +69,10 @@ class Store:
         self._timeout_s = timeout_s
         self._client: MlflowClient | None = None
 
+    def is_absent(self) -> bool:
+        """Whether this is an sqlite file that does not exist: looking into it would create it."""
+        return self.uri.startswith("sqlite:///") and not Path(self.uri.removeprefix("sqlite:///")).is_file()
+
     @property
     def client(self) -> "MlflowClient":
         """The MLflow client, made on first use: importing mlflow takes a second, a new sqlite file two."""

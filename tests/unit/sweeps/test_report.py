@@ -5,9 +5,11 @@ from pathlib import Path
 
 import pytest
 
+from harness.errors import UserError
+from harness.tracking.store import Store
 from sweeps import plot, report
 from sweeps.frontier import Frontier, build
-from sweeps.outcome import TEXTS, write
+from sweeps.outcome import TEXTS, from_store, write
 from tests.unit.sweeps.rows import row
 
 FULL = {"method": "full_precision", "lambda": None}
@@ -108,6 +110,12 @@ def test_published_points_have_sources_and_stand_apart(tmp_path: Path):
 def text_of(svg: Path) -> str:
     """Labels of a Matplotlib SVG: text drawn as paths keeps its words in comments."""
     return svg.read_text()
+
+
+def test_an_absent_store_is_not_made(tmp_path: Path):
+    with pytest.raises(UserError, match=r"no MLflow store at sqlite:///.*mlflow\.db"):
+        from_store(Store(f"sqlite:///{tmp_path}/mlflow.db"), ["e"])
+    assert not list(tmp_path.iterdir())
 
 
 def test_no_rows_still_make_files(tmp_path: Path):

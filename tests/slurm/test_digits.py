@@ -16,6 +16,7 @@ nodes = 2
 time = "20:00"
 [node]
 cpus = 1
+memory_gb = 3
 [requeue]
 warn_s = 60
 """

@@ -286,7 +286,7 @@ def check_disk() -> Finding:
         room = f"{usage.free / GIB:.0f} GiB free at {existing}"
         rooms.append(room)
         if usage.free < GIB:
-            return Finding("disk", "fail", room, "free some space, or work elsewhere (--root, TMPDIR)")
+            return Finding("disk", "fail", room, "free some space, or work elsewhere (--out, TMPDIR)")
         if usage.free < 5 * GIB or usage.free < 0.05 * usage.total:
             warning = Finding(
                 "disk", "warn", f"{room}, {usage.used / usage.total:.0%} used", "free some space; Ray stops at 95%"

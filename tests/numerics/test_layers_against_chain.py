@@ -76,7 +76,9 @@ class Setting:
         shape = (3, 8) if case.kind == "linear" else (2, 8, 5, 4)
         x = torch.randn(shape, generator=g, dtype=torch.float64)
         self.x = (x if case.signed else x.relu()).to(dtype)
-        self.activation_clip, self.weight_clip = uniform(0.3, 2.0), uniform(0.5, 3.0)
+        # clips of few digits and inputs on them: the interval is closed, in every type and without rounding
+        self.activation_clip, self.weight_clip = uniform(4, 32).round() / 16, uniform(0.5, 3.0)
+        self.x.view(-1)[:3] = torch.stack([self.activation_clip, -self.activation_clip * case.signed, torch.zeros(())])
         self.statistics = {s: uniform(0, 3, len(self.bits(case, s)) - 1) for s in ("weight", "activation")}
         self.thresholds = {s: uniform(0, 3, len(self.bits(case, s)) - 1) for s in ("weight", "activation")}
         for side, value in self.statistics.items():  # some gates sit exactly on their threshold: H(0) = 1

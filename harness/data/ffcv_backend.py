@@ -38,7 +38,7 @@ def _jit_off() -> Iterator[None]:
 
 try:
     with _jit_off():
-        from ffcv.libffcv import ctypes_imdecode, ctypes_resize
+        from ffcv.libffcv import ctypes_imdecode
         from ffcv.loader.epoch_iterator import EpochIterator
         from ffcv.loader.loader import Loader
         from ffcv.pipeline.allocation_query import AllocationQuery
@@ -51,8 +51,8 @@ except ImportError as error:
         f"FFCV cannot be loaded here ({error}). Build it with `make setup`, or set data.backend = 'torch'."
     ) from None
 
-# Addresses of FFCV's C functions, for `kernel.render`.
-FUNCTIONS = np.array([ctypes.cast(f, ctypes.c_void_p).value for f in (ctypes_imdecode, ctypes_resize)], np.int64)
+# Address of FFCV's C decoder, for `kernel.render`.
+IMDECODE = ctypes.cast(ctypes_imdecode, ctypes.c_void_p).value
 # With FFCV's two spare slots: how many batches lie in memory at a time.
 BATCHES_AHEAD = 2
 
@@ -173,7 +173,9 @@ class _Decode(Operation):
         index = pipeline.index
         columns = (index.offsets, index.sizes, index.modes, index.heights, index.widths)
         self._records = np.stack(columns, axis=1).astype(np.int64)
-        self._image_bytes = int((index.heights.astype(np.int64) * index.widths).max()) * 3
+        self._image_bytes = max(
+            int((index.heights.astype(np.int64) * index.widths).max()) * 3, int(index.sizes.max()) + 2
+        )
         self._threads = ThreadPoolExecutor(pipeline.threads, "decode") if pipeline.threads > 1 else None
         self._scratch = np.empty((pipeline.threads, 3, 0), np.uint8)
 
@@ -198,7 +200,7 @@ class _Decode(Operation):
         def part(thread: int) -> None:
             first, last = thread * count // pipeline.threads, (thread + 1) * count // pipeline.threads
             render(
-                FUNCTIONS, records, plan.boxes, plan.flips, colours, plan.holes,
+                IMDECODE, records, plan.boxes, plan.flips, colours, plan.holes,
                 pipeline.fill, pipeline.table, self._scratch[thread], status, out, first, last,
             )  # fmt: skip
 

@@ -2,10 +2,14 @@
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image, ImageEnhance
 
 from harness.data.augment import Plan
-from harness.data.pixels import area_resize, recolour, render, shift
+from harness.data.beton import JPEG
+from harness.data.encode import WriteSettings, encode
+from harness.data.pixels import area_resize, decode, recolour, render, shift
 from tests.unit.data.samples import picture
 
 GREY_FILL = np.array([10, 20, 30], np.uint8)
@@ -60,18 +64,23 @@ def test_colours_are_those_of_pil(factors: tuple[float, float, float]):
     assert np.abs(ours.astype(int) - np.asarray(theirs).astype(int)).max() <= sum(f != 1.0 for f in factors) + 1
 
 
-def compiled(images: list[np.ndarray], plan: Plan, size: int, table: np.ndarray) -> np.ndarray:
-    from harness.data.ffcv_backend import FUNCTIONS
+def compiled(images: list[np.ndarray | bytes], plan: Plan, size: int, table: np.ndarray, side: int = 0) -> np.ndarray:
+    """What the kernel makes of raw images, or of JPEG files of `side` x `side` pixels; zeros where it refuses."""
+    from harness.data.ffcv_backend import IMDECODE
     from harness.data.kernel import render as kernel
 
     count = len(images)
-    records = np.array([[i.ctypes.data, i.nbytes, 1, *i.shape[:2]] for i in images], np.int64)
+    stored = [np.frombuffer(image, np.uint8) if isinstance(image, bytes) else image for image in images]
+    sides = [(side, side) if isinstance(image, bytes) else image.shape[:2] for image in images]
+    records = np.array(
+        [[s.ctypes.data, s.nbytes, not side, *hw] for s, hw in zip(stored, sides, strict=True)], np.int64
+    )
     out = np.zeros((count, size, size, 3), table.dtype)
     colours = np.zeros((0, 3), np.float32) if plan.colours is None else plan.colours
     scratch = np.zeros((3, 1 << 20), np.uint8)
     status = np.zeros(count, np.int64)
     work = (plan.boxes, plan.flips, colours, plan.holes, GREY_FILL, table)
-    kernel(FUNCTIONS, records, *work, scratch, status, out, 0, count)
+    kernel(IMDECODE, records, *work, scratch, status, out, 0, count)
     return out
 
 
@@ -92,10 +101,10 @@ def test_the_kernel_does_what_numpy_does(recoloured: bool):
     identity = np.tile(np.arange(256, dtype=np.uint8), (3, 1))
     theirs = compiled(images, plan, 16, identity)
     ours = np.stack([render(image, plan, k, size=16, fill=GREY_FILL) for k, image in enumerate(images)])
-    # OpenCV rounds in fixed point, and twice where one side shrinks and the other grows; colours amplify a level.
+    # Single against double precision: a level where a mean lies half-way between two, which colours may amplify.
     difference = np.abs(theirs.astype(int) - ours.astype(int))
-    assert difference.max() <= (4 if recoloured else 1)
-    assert (difference > 0).mean() < 0.05 + 0.2 * recoloured
+    assert difference.max() <= (3 if recoloured else 1)
+    assert (difference > 0).mean() < 0.002
     copied = [k for k, box in enumerate(BOXES) if box[2:] == (16, 16)]
     assert recoloured or difference[copied].max() == 0
 
@@ -106,3 +115,57 @@ def test_the_kernel_looks_numbers_up():
     plan = Plan(np.array([[0, 0, 16, 16]], np.int32), np.zeros(1, np.uint8), None, np.zeros((1, 4), np.int32))
     table = np.random.default_rng(1).normal(size=(3, 256)).astype(np.float32)
     assert (compiled([image], plan, 16, table)[0] == table[np.arange(3), image]).all()
+
+
+IDENTITY = np.tile(np.arange(256, dtype=np.uint8), (3, 1))
+
+
+def crops(boxes: list[tuple[int, int, int, int]]) -> Plan:
+    count = len(boxes)
+    return Plan(np.array(boxes, np.int32), np.zeros(count, np.uint8), None, np.zeros((count, 4), np.int32))
+
+
+def stored_jpeg(side: int, seed: int) -> bytes:
+    encoded = encode(picture(side, side, seed), WriteSettings(max_size=0, jpeg_share=1.0), 0)
+    assert encoded.mode == JPEG
+    return encoded.payload
+
+
+@pytest.mark.ffcv
+@pytest.mark.parametrize("side", [64, 176, 192, 203, 224, 240])  # 4, 11, 12, 13, 14, 15 blocks of 16
+def test_a_cut_jpeg_decodes_to_the_same_pixels_as_the_whole(side: int):
+    content = stored_jpeg(side, side)
+    whole = compiled([content], crops([(0, 0, side, side)]), side, IDENTITY, side)[0]
+    size = 32
+    places = [
+        (top, left) for top in (0, 1, 15, 16, 17, side - 33, side - 32) for left in (0, 7, 14, side // 2, side - 32)
+    ]
+    parts = compiled([content] * len(places), crops([(*place, size, size) for place in places]), size, IDENTITY, side)
+    for (top, left), part in zip(places, parts, strict=True):
+        assert (part == whole[top : top + size, left : left + size]).all()
+
+
+@pytest.mark.ffcv
+def test_cutting_happens():
+    from harness.data.kernel import _cut_jpeg
+
+    content = np.frombuffer(stored_jpeg(480, 0), np.uint8)
+    out = np.zeros(1 << 20, np.uint8)
+    length, top, left, height, width = _cut_jpeg(content, 480, 480, (200, 300, 100, 50), out)
+    assert (top, left, height, width) == (192, 290 // 80 * 80, 112, 160)
+    assert 0 < length < len(content) / 6
+    part = decode(out[:length].tobytes(), JPEG, height, width)  # also a JPEG file for others
+    whole = decode(content.tobytes(), JPEG, 480, 480)
+    assert np.abs(part[8:108, 60:110].astype(int) - whole[200:300, 300:350].astype(int)).max() <= 2
+
+
+@pytest.mark.ffcv
+@given(position=st.integers(0, 10_000), value=st.binary(min_size=1, max_size=40), keep=st.integers(1, 10_000))
+@settings(max_examples=300)
+def test_no_damage_to_a_jpeg_does_harm(position: int, value: bytes, keep: int):
+    """Whatever the bytes, the kernel returns: with pixels or with the decoder's complaint."""
+    content = stored_jpeg(96, 7)
+    position %= len(content)
+    damaged = (content[:position] + value + content[position + len(value) :])[: max(keep % len(content), 1)]
+    out = compiled([damaged, content], crops([(30, 30, 16, 16)] * 2), 16, IDENTITY, 96)
+    assert (out[1] == compiled([content], crops([(30, 30, 16, 16)]), 16, IDENTITY, 96)[0]).all()

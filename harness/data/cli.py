@@ -6,14 +6,14 @@ from typing import Annotated, Any
 import typer
 
 # The kinds of `harness.data.sources`, which is not imported before a command runs.
-_KINDS = ("digits", "imagefolder:DIR", "parquet:GLOB", "tar:GLOB", "cifar10:DIR", "cifar100:DIR")
+SOURCE_KINDS = ("digits", "imagefolder:DIR", "parquet:GLOB", "tar:GLOB", "cifar10:DIR", "cifar100:DIR")
 
 app = typer.Typer(no_args_is_help=True, help="Write and check data sets.")
 
 
 @app.command()
 def write(  # noqa: PLR0917 - a command line's options
-    source: Annotated[str, typer.Option(help=f"Where the images come from: {', '.join(_KINDS)}.")],
+    source: Annotated[str, typer.Option(help=f"Where the images come from: {', '.join(SOURCE_KINDS)}.")],
     out: Annotated[Path, typer.Option(help="Folder of the data set.")],
     max_size: Annotated[int | None, typer.Option(min=0, help="Longest side in pixels; 0: as it is.")] = None,
     jpeg_share: Annotated[

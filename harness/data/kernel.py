@@ -114,7 +114,7 @@ def _cut_jpeg(source: Any, height: Any, width: Any, box: Any, out: Any) -> Any:
 
 @_compile
 def _copy_runs(source: Any, at: Any, rows: Any, columns: Any, out: Any) -> Any:
-    """Copy runs rows[0] to rows[1] whose number modulo columns[2] lies in columns[0..1]; 0 bytes if runs are missing."""
+    """Copy runs rows[0] to rows[1] whose number modulo columns[2] lies in columns[0..1]; 0 if runs are missing."""
     size, start, kept = at, at, 0
     for run in range(rows[1]):
         # Inside a run, 0xFF is followed by 0.

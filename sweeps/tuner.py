@@ -4,6 +4,7 @@ Tune schedules, retries and (with Optuna) suggests; it restores nothing. A trial
 its own, so running the same sweep again continues what did not finish (`sweeps.plan` leaves out what did).
 """
 
+import logging
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -90,12 +91,14 @@ def run_search(planner: Planner, samples: int, points: Sequence[Point], settings
         points_to_evaluate=[{f"point/{key}": value for key, value in point.items()} for point in points] or None,
     )
 
+    trial = settings.trial  # what travels to the trials must not drag the driver along
+
     def spec_of(config: dict[str, Any]) -> TrialSpec:
         return planner.at(config["point"])
 
     def one(config: dict[str, Any]) -> dict[str, Any]:
         spec = spec_of(config)
-        ending = settings.trial({"spec": _plain(spec), "stop_file": config["stop_file"], "reports": False})
+        ending = trial({"spec": _plain(spec), "stop_file": config["stop_file"], "reports": False})
         result = RunDir(spec.run_dir).result()
         return ending if result is None else ending | {"top1": result["top1"], "gbops": result["gbops"]}
 
@@ -113,6 +116,7 @@ def _fit(
 ) -> None:
     from ray import tune
 
+    logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # endings are told in our own words
     tuner = tune.Tuner(
         trainable,
         param_space=space,

@@ -252,6 +252,7 @@ def _recipe_text(name_or_path: str) -> tuple[str, str]:
 _QUANT_KEYS = {"weight_bits", "activation_bits", "bop_gradient", "bit_threshold_lr"}
 _PRUNE_KEYS = {"group_size", "max_prune_share", "prune_threshold_lr"}
 _BASELINE_SEARCH_KEYS = {"method", "epochs"}
+_NEUTRAL_DATA_KEYS = {"source", "dir", "workers", "memory"}  # the checksum says what the images are
 # These change where or how safely a trial runs, not what comes out.
 _NEUTRAL_RUN_KEYS = {
     "cpus_per_worker", "checkpoint_every_s", "checkpoint_every_steps", "keep_checkpoints", "max_restarts",
@@ -272,9 +273,7 @@ def identity(recipe: Recipe, data_checksum: str) -> dict[str, Any]:
         ignored = {"sbs_prune": _QUANT_KEYS, "sbs_quant": _PRUNE_KEYS | {"prune_only_bits"}, "sbs": {"prune_only_bits"}}
         tree["search"] = {k: v for k, v in tree["search"].items() if k not in ignored.get(method, set())}
     tree["run"] = {k: v for k, v in tree["run"].items() if k not in _NEUTRAL_RUN_KEYS}
-    tree["data"] = {k: v for k, v in tree["data"].items() if k not in {"dir", "workers", "memory"}} | {
-        "checksum": data_checksum
-    }
+    tree["data"] = {k: v for k, v in tree["data"].items() if k not in _NEUTRAL_DATA_KEYS} | {"checksum": data_checksum}
     tree["model"]["weights"] = _digest_of_weights(recipe.model.weights)
     tree["stage_format"] = STAGE_FORMAT
     return tree

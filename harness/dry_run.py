@@ -27,20 +27,23 @@ def dry_run(recipe: Recipe) -> dict[str, Any]:
 
 
 def shortened(recipe: Recipe) -> Recipe:
-    """The recipe with one epoch a stage and batches as small as its ranks and accumulation allow."""
+    """The recipe in one process, with one epoch a stage and the smallest batches that its accumulation allows."""
     stages = {"pretrain": recipe.pretrain, "search": recipe.search, "finetune": recipe.finetune}
-    parts = max(stage.accumulate for stage in stages.values()) * recipe.run.max_workers
-    images = parts * _IMAGES_PER_PART
+    images = max(stage.accumulate for stage in stages.values()) * _IMAGES_PER_PART
     return recipe.model_copy(
         update={
             "data": recipe.data.model_copy(update={"batch_size": images, "eval_batch_size": images}),
-            "run": recipe.run.model_copy(update={"workers": 1}),
+            "run": recipe.run.model_copy(update={"workers": 1, "gpus_per_worker": _gpus(recipe)}),
         }
         | {
             name: stage.model_copy(update={"epochs": min(1, stage.epochs), "warmup_epochs": 0.0})
             for name, stage in stages.items()
         }
     )
+
+
+def _gpus(recipe: Recipe) -> float:
+    return recipe.run.gpus_per_worker if torch.cuda.is_available() else 0.0
 
 
 class _MadeUp:

@@ -153,6 +153,7 @@ def arithmetic(run: RunConfig) -> Iterator[None]:
     # warn_only: a few CUDA kernels have no deterministic form; bit-exact resume is promised on CPU.
     torch.use_deterministic_algorithms(run.deterministic, warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+    torch.backends.cudnn.benchmark = not run.deterministic
     if run.gpus_per_worker:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.set_float32_matmul_precision("highest" if run.precision == "fp32" else "high")

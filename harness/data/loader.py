@@ -93,6 +93,8 @@ def _check(pipeline: Pipeline) -> None:
             f"{pipeline.world} ranks: lower data.batch_size or run.workers"
         )
     if pipeline.train and augment in ("translate", "crop_flip"):
+        if pipeline.sizes:
+            raise UserError(f"data.resize_schedule goes with 'resized_crop_flip', not with data.augment = {augment!r}")
         shape, size = index.common_shape(), pipeline.image_size
         if shape != (size, size):
             has = "images of different sizes" if shape is None else f"images of {shape[0]} x {shape[1]} pixels"

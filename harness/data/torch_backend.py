@@ -11,12 +11,13 @@ from torch.utils.data import DataLoader, Dataset
 
 from harness.data.pipeline import Pipeline, undecodable
 from harness.data.pixels import UndecodableError, decode, render
+from harness.errors import UserError
 
 # One batch as it is asked for: samples, epoch, side of the output.
 _Request = tuple[NDArray[np.int64], int, int]
 
 
-class _Images(Dataset[tuple[NDArray[Any], NDArray[np.int64]]]):
+class _Images(Dataset[Any]):
     """Whole batches by request; opens the file in the process that reads it."""
 
     def __init__(self, pipeline: Pipeline) -> None:
@@ -26,8 +27,14 @@ class _Images(Dataset[tuple[NDArray[Any], NDArray[np.int64]]]):
     def __getstate__(self) -> dict[str, Any]:
         return {"_pipeline": self._pipeline, "_bytes": None}
 
-    def __getitem__(self, request: _Request) -> tuple[NDArray[Any], NDArray[np.int64]]:
-        samples, epoch, size = request
+    def __getitem__(self, request: _Request) -> tuple[NDArray[Any], NDArray[np.int64]] | UserError:
+        """A batch; user errors are handed over as values, since DataLoader buries raised ones in a traceback's text."""
+        try:
+            return self._batch(*request)
+        except UserError as error:
+            return error
+
+    def _batch(self, samples: NDArray[np.int64], epoch: int, size: int) -> tuple[NDArray[Any], NDArray[np.int64]]:
         pipeline, index = self._pipeline, self._pipeline.index
         if self._bytes is None:
             with index.path.open("rb") as file:
@@ -73,7 +80,10 @@ class TorchBackend:
         assert self._loader is not None, "the loader is closed"
         starts = range(0, len(order), self._batch_size)
         self._requests[:] = [(order[start : start + self._batch_size], epoch, size) for start in starts]
-        yield from self._loader
+        for batch in self._loader:
+            if isinstance(batch, UserError):
+                raise batch
+            yield batch
 
     def close(self) -> None:
         """End the processes."""

@@ -26,7 +26,7 @@ from harness.data.sources import ImageFolder, Scan, SplitScan
 from harness.data.writer import write
 from tests.benchmarks.measure import Estimate, NotHereError, Row, estimate
 
-PHOTOS, SMALL, BATCH, REPEATS = 384, 16384, 64, 7
+PHOTOS, SMALL, BATCH, REPEATS = 256, 16384, 64, 7
 MEAN, STD = (123.7, 116.8, 103.9), (58.4, 57.1, 57.4)
 
 

@@ -155,6 +155,10 @@ class TestBatches:
                 seen += indices
         assert len(set(seen)) == len(seen) == 1400
 
+    def test_a_rank_without_validation_images(self, photos: Path, backend: str):
+        lone = load(photos, "val", backend=backend, rank=0, world=100, **PHOTOS)
+        assert (len(lone), epoch(lone)) == (0, [])
+
     def test_sizes_follow_the_schedule(self, photos: Path, backend: str):
         schedule = ((0.0, 32), (0.5, 40), (0.75, 48))
         loader = load(photos, backend=backend, epochs=8, **PHOTOS | {"resize_schedule": schedule})
@@ -181,6 +185,12 @@ class TestBatches:
             UserError, match=rf"train.beton: the image of sample {sample} does not decode \(damaged JPEG\)"
         ):
             epoch(load(folder, backend=backend, **PHOTOS))
+
+
+def test_a_damaged_jpeg_is_named_by_loading_processes_as_well(damaged: tuple[Path, int]):
+    folder, sample = damaged
+    with pytest.raises(UserError, match=rf"^{folder}/train.beton: the image of sample {sample} does not decode"):
+        epoch(load(folder, backend="torch", workers=2, **PHOTOS))
 
 
 @pytest.fixture
@@ -277,6 +287,10 @@ class TestSettings:
             (
                 {"memory": "stream", "order": "random"},
                 r"data.order = 'random' reads train.beton all over, which streaming",
+            ),
+            (
+                {"resize_schedule": ((0.0, 32),), "epochs": 4, "augment": "translate"},
+                r"resize_schedule goes with 'resized_c",
             ),
             ({"resize_schedule": ((0.0, 32),)}, r"resize_schedule needs the stage's number of epochs"),
             ({"resize_schedule": ((0.5, 32), (0.0, 40)), "epochs": 4}, r"shares that begin at 0.0 and rise"),

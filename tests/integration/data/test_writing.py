@@ -12,10 +12,12 @@ from pathlib import Path
 import pytest
 
 from harness.data import data_checksum
+from harness.data.beton import read_index
 from harness.data.encode import WriteSettings
 from harness.data.writer import write
 from harness.errors import UserError
 from tests.unit.data.samples import RAW, Listed, image_folder, picture
+from tests.unit.data.test_sources import colour, parquet, tar
 
 pytestmark = pytest.mark.integration
 WRITE = [
@@ -140,3 +142,26 @@ def test_the_number_of_processes_changes_nothing(tmp_path: Path):
     for workers in (0, 3):
         write(source, tmp_path / str(workers), settings, workers=workers)
     assert data_checksum(tmp_path / "0") == data_checksum(tmp_path / "3")
+
+
+@pytest.mark.parametrize("kind", ["parquet", "tar"])
+def test_shards_are_written_by_several_processes(tmp_path: Path, kind: str):
+    """From command line to pixels: labels and colours arrive in the order of the shards."""
+    labels = [k % 3 for k in range(150)]
+    if kind == "parquet":
+        parquet(tmp_path / "train-0.parquet", labels)
+        parquet(tmp_path / "validation-0.parquet", [0, 1, 2])
+    else:
+        members = [(colour(k % 25), label) for k, label in enumerate(labels)]
+        pairs = [((f"{k}.png", image), (f"{k}.cls", b"%d" % label)) for k, (image, label) in enumerate(members)]
+        tar(tmp_path / "train-0.tar", [member for pair in pairs for member in pair])
+        tar(tmp_path / "val-0.tar", [member for pair in pairs[:3] for member in pair])
+    source = f"{kind}:{tmp_path}/*.{kind}"
+    options = ["--jpeg-share", "0", "--workers", "2"]
+    command = [*WRITE, "--source", source, "--out", str(tmp_path / "set"), *options]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=100, check=True)
+    assert done.stdout.splitlines()[0] == f"train: 150 images in {tmp_path / 'set' / 'train.beton'}"
+    index = read_index(tmp_path / "set" / "train.beton")
+    content = (tmp_path / "set" / "train.beton").read_bytes()
+    assert index.labels.tolist() == labels
+    assert [content[offset] for offset in index.offsets] == [10 * (k % 25) for k in range(150)]

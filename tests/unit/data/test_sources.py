@@ -196,7 +196,7 @@ class TestFlatValidationFolder:
 
 
 def parquet(path: Path, labels: list[int], names: list[str] | None = None, column: str = "image") -> None:
-    colour = [file_bytes(np.full((8, 8, 3), 10 * k, np.uint8), "PNG") for k in range(len(labels))]
+    colour = [file_bytes(np.full((8, 8, 3), 10 * (k % 25), np.uint8), "PNG") for k in range(len(labels))]
     table = pa.table({column: [{"bytes": c, "path": None} for c in colour], "label": labels})
     if names is not None:
         features = {"info": {"features": {"label": {"names": names, "_type": "ClassLabel"}}}}

@@ -42,9 +42,9 @@ def run(
     loaded = load_space(space, name=name)
     base = base_recipe(loaded, overrides)
     if dry_run:
-        from sweeps.dry import show
+        from sweeps.dry import outlook, show
 
-        show(driver.prepare(loaded, base, out))
+        show(loaded, outlook(loaded, base, out))
         return
     status = driver.run(loaded, base, out, lambda line: print(line, flush=True))
     if status:

@@ -305,7 +305,7 @@ def postgres(folder: Path, port: int) -> Iterator[str]:
             assert server.poll() is None, "PostgreSQL ended"
             assert time.monotonic() < deadline, "PostgreSQL did not start"
             time.sleep(0.2)
-        yield f"postgresql://harness@127.0.0.1:{port}/postgres"
+        yield f"postgresql+psycopg2://harness@127.0.0.1:{port}/postgres"
     finally:
         server.send_signal(signal.SIGINT)
         server.wait(30)

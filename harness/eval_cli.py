@@ -11,12 +11,12 @@ import torch
 from torch import nn
 
 import sbs
-from harness.checkpoint import State, load_weights
+from harness.checkpoint import State, load_any, load_weights
 from harness.config import Recipe, load_recipe, parse_recipe
 from harness.data import open_data
 from harness.errors import UserError
 from harness.metrics import evaluate
-from harness.networks import example_input, full_precision, restored
+from harness.networks import as_document, example_input, full_precision, restored
 from harness.ranks import arithmetic, joined
 from harness.run_dir import RunDir, read_json
 
@@ -40,7 +40,7 @@ def evaluate_saved(
     recipe = _recipe(target, recipe_name)
     if data is not None:
         recipe = recipe.model_copy(update={"data": recipe.data.model_copy(update={"dir": str(data)})})
-    policy = None if policy_file is None else sbs.Policy.load(policy_file).to_json()
+    policy = None if policy_file is None else as_document(sbs.Policy.load(policy_file))
     file, net = _network(target, recipe, policy)
     figures = {"file": str(file)} | measure(recipe, net)
     if os.environ.get("RANK", "0") == "0":
@@ -94,10 +94,12 @@ def measure(recipe: Recipe, net: nn.Module) -> dict[str, Any]:
 def find_saved(target: Path, policy: dict[str, Any] | None = None) -> Saved:
     """What lies at `target`: the newest of a run directory, or one file; `policy` overrides the one found with it."""
     file = _newest(target) if target.is_dir() else target
-    state = _load(file)
+    if not file.is_file():
+        raise UserError(f"{file} is neither a file nor a run directory")
+    state = load_any(file)
     if "net" not in state:
         beside = read_json(file.parent / "policy.json")
-        return Saved(file, state, policy or beside)
+        return Saved(file, load_weights(file), policy or beside)
     averaged = state.get("ema")
     weights = state["net"]
     if averaged is not None:
@@ -120,16 +122,6 @@ def _newest(folder: Path) -> Path:
     if found is None:
         raise UserError(f"{folder} holds no weights: no weights.pt, no stages/*.pt, no checkpoints/*.pt")
     return found
-
-
-def _load(file: Path) -> State:
-    if not file.is_file():
-        raise UserError(f"{file} is neither a file nor a run directory")
-    try:
-        state = torch.load(file, map_location="cpu", weights_only=True)
-    except Exception:  # noqa: BLE001 - whatever the reader stumbles over; `load_weights` says it in one line
-        state = None
-    return state if isinstance(state, dict) and "net" in state else load_weights(file)
 
 
 def _recipe(target: Path, name: str | None) -> Recipe:

@@ -4,7 +4,6 @@ Every finished stage leaves stages/<stage>.pt under the key of all that it depen
 them; with a stage cache, so does another trial whose first stages are the same.
 """
 
-import json
 import logging
 import time
 from collections.abc import Callable
@@ -23,7 +22,7 @@ from harness.config import Recipe, TrainConfig, TrialSpec, digest, identity
 from harness.context import REAL_DATA, Context, Data, Report
 from harness.errors import is_user_error
 from harness.loop import Job, StageLoop
-from harness.networks import compressed, example_input, full_precision, merged, supernet
+from harness.networks import as_document, compressed, example_input, full_precision, merged, supernet
 from harness.provenance import record_start
 from harness.ranks import arithmetic, joined
 from harness.result import build_result
@@ -317,8 +316,3 @@ class _Trial:
         if self.recipe.run.sync_batchnorm and self.ranks.world > 1:
             net = nn.SyncBatchNorm.convert_sync_batchnorm(net)
         return net.to(self.ranks.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-
-
-def as_document(policy: sbs.Policy) -> dict[str, Any]:
-    """A policy as it comes back from a file: lists for tuples."""
-    return json.loads(json.dumps(policy.to_json()))

@@ -59,7 +59,7 @@ def test_compiled_kernels_equal_eager_ones():
 
 @pytest.mark.timeout(400)
 def test_graphs_are_made_per_kind_of_tensor_and_not_per_shape():
-    """22 layers x 2 operands x 2 passes of ResNet-20 share a handful; deeper, wider, other batches and sizes add none."""
+    """22 layers x 2 operands x 2 passes of ResNet-20 share a handful; other depths, batches and sizes add none."""
     torch._dynamo.reset()
     nets = {
         name: sbs.prepare(sbs.models.build(name, 5), sbs.SearchSpace(), torch.zeros(1, 3, 16, 16)) for name in DEPTHS

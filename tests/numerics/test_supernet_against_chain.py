@@ -88,6 +88,11 @@ def test_statistics_after_a_step(kind):
     with torch.no_grad():
         chain.forward(x)
     net(x)
+    with torch.no_grad():  # what an optimiser would do: statistics of the weights are those after the step
+        for name in chain.order:
+            noise = torch.randn(chain.leaves[f"{name}.weight"].shape, dtype=torch.float64) * 0.05
+            chain.leaves[f"{name}.weight"] += noise
+            net.model.get_submodule(name).weight += noise
     sbs.after_step(net)
     rates = []
     for row, name in enumerate(chain.order[1:-1]):

@@ -1,0 +1,118 @@
+"""What after_step keeps within bounds, when gates flip, and which parameters an optimiser is given."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+import sbs
+from tests.numerics import networks, states
+
+SIZE = 8
+
+
+@pytest.fixture
+def net() -> nn.Module:
+    """A super-network with groups of one channel, calibrated, all gates open."""
+    net = sbs.prepare(
+        networks.randomise(networks.Residual(), 1), sbs.SearchSpace(group_size=1), torch.zeros(1, 3, 8, 8)
+    )
+    sbs.calibrate(net, [networks.images(8, SIZE, 1)])
+    return net
+
+
+@pytest.mark.parametrize("share", [0.0, 0.25, 0.5, 0.9])
+def test_at_most_a_set_share_of_a_layer_closes_and_the_strongest_groups_stay(share):
+    space = sbs.SearchSpace(group_size=1, max_prune_share=share)
+    net = sbs.prepare(networks.randomise(networks.Residual(), 1), space, torch.zeros(1, 3, 8, 8))
+    sbs.calibrate(net, [networks.images(8, SIZE, 1)])
+    with torch.no_grad():
+        net.channel_gates.thresholds.fill_(100.0)
+    for _ in range(3):
+        sbs.after_step(net)
+    for name in ("conv_a", "conv_c"):
+        weight = net.model.get_submodule(name).weight.detach()
+        strength = weight.abs().flatten(1).mean(1)
+        kept = sbs.freeze(net).layer(name).kept or tuple(range(len(weight)))
+        assert len(kept) == len(weight) - int(share * len(weight))
+        assert set(kept) == set(strength.topk(len(kept)).indices.tolist())
+
+
+def test_thresholds_and_clips_are_clamped(net):
+    start = {n: p.detach().clone() for n, p in net.named_parameters() if n.endswith("_clip")}
+    with torch.no_grad():
+        net.weight_gates.thresholds.fill_(-5.0)
+        net.activation_gates.thresholds.fill_(50.0)
+        net.channel_gates.thresholds.fill_(-5.0)
+        for name in start:
+            net.get_parameter(name).fill_(-1.0)
+    sbs.after_step(net)
+    assert (net.weight_gates.thresholds == 0).all()
+    assert (net.activation_gates.thresholds == 3).all()  # (s/2)^2 over s^2/12: no residual is larger
+    assert (net.channel_gates.thresholds == 0).all()
+    for name, value in start.items():
+        torch.testing.assert_close(net.get_parameter(name).detach(), 1e-3 * value)
+
+
+def test_a_gate_closes_and_opens_again_with_its_threshold_and_flips_are_counted(net):
+    bank = net.weight_gates
+    low, high = bank.statistic[0, 0] - 0.2, bank.statistic[0, 0] + 0.2
+    for value, opened, flips in [(high, 0, 1), (high, 0, 1), (low, 1, 2)]:
+        with torch.no_grad():
+            bank.thresholds[0, 0] = value
+        sbs.after_step(net)
+        assert bank.open[0, 0] == opened
+        assert bank.flips == flips
+
+
+def test_a_statistic_that_trembles_about_its_threshold_does_not_flip_the_gate(net):
+    bank = net.weight_gates
+    for sign in (1, -1, 1, -1):
+        with torch.no_grad():
+            bank.thresholds[0, 0] = bank.statistic[0, 0] + sign * 0.005
+        sbs.after_step(net)
+    assert bank.flips == 0
+
+
+def test_without_a_forward_pass_the_activation_statistics_stay(net):
+    before = net.activation_gates.statistic.clone()
+    sbs.after_step(net)
+    assert torch.equal(net.activation_gates.statistic, before)
+
+
+def test_evaluation_selects_bits_by_the_same_buffers_and_changes_none(net):
+    before = {n: b.clone() for n, b in net.named_buffers()}
+    with torch.no_grad():
+        net.eval()(10 * networks.images(8, SIZE, 2))
+    sbs.after_step(net)
+    for name, value in net.named_buffers():
+        assert torch.equal(value, before[name]), name
+
+
+@pytest.mark.parametrize("kind", ["float", "super-network", "compressed"])
+def test_param_groups_hold_every_parameter_once(net, kind):
+    model = {"float": networks.Inverted(), "super-network": net, "compressed": sbs.compress(net, sbs.freeze(net))}[kind]
+    groups = sbs.param_groups(model)
+    assert set(groups) == {"decay", "no_decay", "clips", "bit_thresholds", "prune_thresholds"}
+    members = [p for group in groups.values() for p in group]
+    assert len({id(p) for p in members}) == len(members)
+    assert {id(p) for p in members} == {id(p) for p in model.parameters() if p.numel()}
+    assert all(p.dim() >= 2 for p in groups["decay"])
+    expected = {id(m.weight) for m in model.modules() if isinstance(m, nn.Conv2d | nn.Linear)}
+    assert {id(p) for p in groups["decay"]} == expected
+    assert bool(groups["bit_thresholds"]) is bool(groups["prune_thresholds"]) is (kind == "super-network")
+    assert bool(groups["clips"]) is (kind != "float")
+
+
+def test_telemetry_tells_shares_by_hand():
+    net = states.searched(networks.Residual(), SIZE, seed=3, group_size=2)
+    told = sbs.telemetry(net)
+    assert all(isinstance(v, float) for v in told.values())
+    assert told["gates/open_weight_4"] == pytest.approx(net.weight_gates.open[:, 0].mean().item())
+    reached = [c.activation_bits == 8 for c in sbs.freeze(net).layers[1:-1]]  # a closed step closes those above it
+    assert told["gates/open_activation_8"] == pytest.approx(sum(reached) / len(reached))
+    bits = [c.weight_bits for c in sbs.freeze(net).layers[1:-1]]
+    assert told["gates/mean_weight_bits"] == pytest.approx(sum(bits) / len(bits))
+    banks = (net.weight_gates, net.activation_gates, net.channel_gates)
+    assert told["gates/flips"] == sum(int(b.flips) for b in banks) > 0

@@ -54,6 +54,9 @@ def test_compiled_kernels_equal_eager_ones():
     assert compiled_gradients.keys() == gradients_bf16.keys()
     assert all(g.isfinite().all() for g in compiled_gradients.values())
     assert _graphs() > before
+    small = sbs.compress(net, sbs.freeze(net)).eval()
+    with torch.no_grad():
+        assert torch.equal(net.eval()(x), small(x))
     assert sbs.use_compiled(True), "compilation has given up on the way"
 
 

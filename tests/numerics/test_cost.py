@@ -6,10 +6,13 @@ import math
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import nn
 
 import sbs
 from sbs.errors import SbsError
+from sbs.gates import effective_bits
 from tests.numerics import networks, oracle, tables
 
 
@@ -74,3 +77,39 @@ def test_uniq_by_hand():
 def test_unknown_convention_is_refused_with_the_known_ones():
     with pytest.raises(SbsError, match=r"(?s)flops.*mac_product.*uniq"):
         sbs.cost(networks.Residual(), (3, 8, 8), convention="flops")
+
+
+@settings(max_examples=50, deadline=None)
+@given(
+    bits=st.sampled_from([(2, 4, 8), (1, 2, 4, 8), (4, 8), (2, 4, 8, 16)]),
+    seed=st.integers(0, 2**31),
+)
+def test_effective_bits_and_their_slopes_by_finite_differences(bits, seed):
+    """Effective bits are linear in every single gate, so central differences are exact."""
+    rng = torch.Generator().manual_seed(seed)
+    gates = torch.rand(3, len(bits) - 1, generator=rng, dtype=torch.float64, requires_grad=True)
+    value = effective_bits(gates, bits)
+    want = torch.stack([oracle.effective_bits(list(row), bits) for row in gates.detach()])
+    torch.testing.assert_close(value.detach(), want)
+    value.sum().backward()
+    for row in range(3):
+        for j in range(len(bits) - 1):
+            ends = []
+            for step in (0.25, -0.25):
+                moved = gates.detach().clone()
+                moved[row, j] += step
+                ends.append(effective_bits(moved, bits).sum())
+            assert gates.grad[row, j].item() == pytest.approx(((ends[0] - ends[1]) / 0.5).item(), abs=1e-12)
+
+
+def test_macs_of_channel_gates_are_those_of_the_network_with_the_channels_gone():
+    """Every group of networks.Inverted closed by hand in turn, counted again by a network built that small."""
+    x = torch.zeros(1, 3, 8, 8)
+    net = sbs.prepare(networks.Inverted(), sbs.SearchSpace(group_size=2), x)
+    for group, (start, stop) in zip(net.graph.groups, net.group_slices, strict=True):
+        gates = torch.ones_like(net.channel_gates.open)
+        gates[start + 1 : stop] = 0.0  # two channels stay
+        policy = sbs.Policy.uniform(networks.Inverted(), x, 4, 4).to_json()
+        next(e for e in policy["layers"] if e["name"] == group.root)["kept"] = [0, 1]
+        small = sbs.compress(networks.Inverted(), sbs.Policy.from_json(policy))
+        assert net.macs(gates).tolist() == list(_hooked_macs(small, 8).values())

@@ -25,8 +25,10 @@ SetOption = Annotated[list[str], typer.Option("--set", help="Override, e.g. --se
 @app.command()
 def train(
     recipe: RecipeArgument,
+    *,
     overrides: SetOption = [],  # noqa: B006 - typer copies it
     run_dir: Annotated[Path | None, typer.Option(help="Folder of the run (default: runs/LABEL-KEY).")] = None,
+    init: Annotated[Path | None, typer.Option(help="Weights to search from in place of the pretraining.")] = None,
     ray: Annotated[bool, typer.Option("--ray", help="Use Ray Train with run.workers ranks.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Two steps a stage on made-up images, no data.")] = False,
 ) -> None:
@@ -36,7 +38,7 @@ def train(
     """
     from harness.train_cli import train as work
 
-    work(recipe, overrides, run_dir, ray=ray, dry_run=dry_run)
+    work(recipe, overrides, run_dir, init=init, ray=ray, dry_run=dry_run)
 
 
 @app.command(name="eval")

@@ -5,6 +5,7 @@ import json
 import tomllib
 from collections.abc import Mapping, Sequence
 from importlib import resources
+from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -125,11 +126,30 @@ class SearchConfig(TrainConfig):
 
     @model_validator(mode="after")
     def _pressure_is_set(self) -> Self:
+        for name in ("weight_bits", "activation_bits"):
+            check_nesting(name, getattr(self, name))
         if self.ema_decay is not None:
             raise ValueError("`ema_decay` is for pretrain and finetune: the gates of a search decide on live weights")
         if self.lambda_ is None and uses_lambda(self.method):
             raise ValueError(f"`lambda` is missing: method {self.method!r} searches under its pressure (0 exerts none)")
         return self
+
+
+def check_nesting(name: str, bits: Sequence[int]) -> None:
+    """Raise ValueError unless every grid of 2**b - 1 steps contains the one before (`sbs.space` holds the same rule).
+
+    Said here as well, since a recipe is read where torch is not loaded, long before a search begins.
+    """
+    if tuple(bits) == (32,):
+        return
+    if not bits or max(bits) > 16:
+        raise ValueError(f"{name} = {list(bits)}: give bit-widths from 1 to 16, e.g. [2, 4, 8], or [32] alone")
+    for low, high in pairwise(bits):
+        if low >= high or (2**high - 1) % (2**low - 1):
+            raise ValueError(
+                f"{name} = {list(bits)}: the {low}-bit grid is not contained in the {high}-bit grid; give rising "
+                "bit-widths that divide one another, e.g. [2, 4, 8], [1, 2, 4, 8] or [4, 8]"
+            )
 
 
 class RunConfig(Section):

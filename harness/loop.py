@@ -5,6 +5,7 @@ maximum over ranks that travels while a step computes. A resumed run repeats exa
 would have made: order of data, random draws and learning rate are functions of (seed, epoch, step).
 """
 
+import logging
 import time
 import warnings
 from collections import deque
@@ -29,9 +30,16 @@ from harness.optim import averaged, build_optimizer, lr_factor, set_lr
 from harness.ranks import norm_statistics, seed_step, set_norm_statistics
 from harness.watch import StepProfiler
 
+log = logging.getLogger(__name__)
+
 # What the ranks may agree upon, the gravest wins.
 _GO_ON, _CHECKPOINT, _LEAVE, _GIVE_UP = range(4)
 _LOSSES_IN_FLIGHT = 4
+
+
+def no_remark(step: int, steps: int, figures: dict[str, float]) -> str | None:  # noqa: ARG001 - what a remark is
+    """Nothing worth a warning."""
+    return None
 
 
 @dataclass(frozen=True)
@@ -39,7 +47,7 @@ class Job:
     """What one stage trains: `penalty(step)` is added to the loss, `teacher` is imitated, `telemetry` is recorded.
 
     `key` is the identity of the stage; `start_step` counts the steps of the stages before; `policy` describes `net` if
-    it is compressed.
+    it is compressed; `remark(step, steps, figures)` may find something to warn of after an epoch.
     """
 
     stage: str
@@ -51,6 +59,7 @@ class Job:
     teacher: nn.Module | None = None
     telemetry: Callable[[], dict[str, float]] = dict
     policy: dict[str, Any] | None = None
+    remark: Callable[[int, int, dict[str, float]], str | None] = no_remark
 
 
 @dataclass
@@ -75,7 +84,7 @@ class StageLoop:
         self._scaler = torch.amp.GradScaler(ranks.device.type, enabled=run.precision == "fp16")
         # Sums over the epoch so far: images, right at 1, right at 5, cross-entropy, penalty x images.
         self._sums = torch.zeros(5, dtype=torch.float64, device=ranks.device)
-        self._best_top1 = -1.0
+        self._best_top1, self._flips_before, self._warned = -1.0, 0.0, False
         self._profiler = StepProfiler(
             context.run.path / f"trace-{job.stage}.json", run.profile_steps if ranks.main else 0
         )
@@ -186,7 +195,7 @@ class StageLoop:
         stage = self.job.stage
         images, top1, _, loss, penalty = self.ranks.sum(self._sums).tolist()
         metrics = {f"{stage}/loss": loss / images, f"{stage}/train_top1": 100 * top1 / images}
-        metrics |= scores.named(stage) | self.job.telemetry()
+        metrics |= scores.named(stage) | self._telemetry()
         metrics[f"{stage}/lr"] = self._optimizer.param_groups[0]["lr"]
         if self.job.penalty is not None:
             metrics[f"{stage}/penalty"] = penalty / images
@@ -202,7 +211,28 @@ class StageLoop:
             best = {"epoch": self.at.epoch, "top1": scores.top1, "policy": self.job.policy}
             if self.ranks.main:
                 self.context.write_best(self.job.key, best | {"net": to_cpu(self.weights().state_dict())})
-        self.context.report({"stage": stage, "epoch": self.at.epoch, **metrics})
+        self._warn_once(metrics)
+        self.context.report({"stage": stage, "epoch": self.at.epoch, "top1": scores.top1} | self._done() | metrics)
+
+    def _telemetry(self) -> dict[str, float]:
+        figures = self.job.telemetry()
+        if "gates/flips" in figures:
+            figures["gates/flips_in_epoch"] = figures["gates/flips"] - self._flips_before
+            self._flips_before = figures["gates/flips"]
+        return figures
+
+    def _done(self) -> dict[str, int]:
+        """Epochs of this trial so far, all stages counted: what a scheduler compares trials by."""
+        return {"epochs_done": self._global_step() // max(1, len(self._loader))}
+
+    def _warn_once(self, figures: dict[str, float]) -> None:
+        text = self.job.remark(self.at.step, self.job.config.epochs * len(self._loader), figures)
+        if text is None or self._warned:
+            return
+        self._warned = True
+        if self.ranks.main:
+            log.warning("%s: %s", self.job.stage, text)
+        self.context.record("event", self.at.epoch, self._global_step(), message=text)
 
     # What the ranks agree upon ------------------------------------------------------------------------------------
 
@@ -274,6 +304,8 @@ class StageLoop:
             "ema": None if self._ema is None else self._ema.state_dict(),
             "sums": sums,
             "best_top1": self._best_top1,
+            "flips_before": self._flips_before,
+            "warned": self._warned,
             "policy": self.job.policy,
             "norms": norms,
         }
@@ -281,7 +313,8 @@ class StageLoop:
 
     def _restore(self, state: State) -> None:
         self._earlier_s = state["elapsed_s"]
-        self._best_top1 = state["best_top1"]
+        self._best_top1, self._flips_before = state["best_top1"], state["flips_before"]
+        self._warned = state["warned"]
         self.job.net.load_state_dict(state["net"])
         self._optimizer.load_state_dict(state["optimizer"])
         self._scaler.load_state_dict(state["scaler"])

@@ -32,6 +32,7 @@ class RunDir:
         self.metrics_path = self.path / "metrics.jsonl"
         self.policy_path = self.path / "policy.json"
         self.weights_path = self.path / "weights.pt"
+        self.export_path = self.path / "model.sbs"
         self.result_path = self.path / "result.json"
         self.error_path = self.path / "error.json"
         self.progress_path = self.path / "progress.json"

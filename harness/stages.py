@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
@@ -18,11 +19,11 @@ from torch import nn
 
 import sbs
 from harness.checkpoint import State, load, load_weights, save, save_weights, to_cpu, weights_digest
-from harness.config import Recipe, TrainConfig, TrialSpec, digest, identity
+from harness.config import Recipe, SearchConfig, TrainConfig, TrialSpec, digest, identity
 from harness.context import REAL_DATA, Context, Data, Report
 from harness.errors import is_user_error
-from harness.loop import Job, StageLoop
-from harness.networks import as_document, compressed, example_input, full_precision, merged, supernet
+from harness.loop import Job, StageLoop, no_remark
+from harness.networks import as_document, compressed, example_input, full_precision, merged, search_space, supernet
 from harness.provenance import record_start
 from harness.ranks import arithmetic, joined
 from harness.result import build_result
@@ -116,6 +117,18 @@ def stage_key(recipe: Recipe, stage: str, data_checksum: str, init: str | None =
     return digest({"stage": stage, "init": init} | {key: tree[key] for key in needed})
 
 
+def idle_gates(search: SearchConfig, step: int, steps: int, figures: dict[str, float]) -> str | None:
+    """A warning when pressure has moved no gate by the middle of a search."""
+    if figures["gates/flips"] or not search.lambda_ or 2 * step < steps:
+        return None
+    nearest = min(value for name, value in figures.items() if name.startswith("gates/margin_"))
+    return (
+        f"no gate has moved after {step} of {steps} steps (nearest threshold margin {nearest:.3g}): "
+        f"raise search.lambda (now {search.lambda_:g}) or search.bit_threshold_lr / search.prune_threshold_lr "
+        f"(now {search.bit_threshold_lr:g} / {search.prune_threshold_lr:g})"
+    )
+
+
 class _Trial:
     def __init__(self, context: Context) -> None:
         self.context = context
@@ -135,6 +148,7 @@ class _Trial:
 
     def run(self) -> dict[str, Any]:
         context, stages = self.context, plan(self.recipe)
+        search_space(self.recipe)  # what it refuses should not wait for the end of the pretraining
         outcome, done = self._last_outcome(stages)
         configs = [stage_config(self.recipe, stage) for stage in stages[self.given is not None :]]
         context.total_steps = context.steps_per_epoch() * sum(config.epochs for config in configs if config)
@@ -223,6 +237,7 @@ class _Trial:
             prepare=lambda: sbs.calibrate(net, self._calibration()),
             penalty=penalty,
             telemetry=lambda: sbs.telemetry(net),
+            remark=partial(idle_gates, self.recipe.search),
         )
 
     def _compress(self, before: Outcome) -> Outcome:
@@ -260,6 +275,8 @@ class _Trial:
         if self.ranks.main:
             save_weights(context.run.weights_path, outcome.net)
             if outcome.policy is not None:
+                if search_space(self.recipe).quantizes:
+                    sbs.export(net, context.run.export_path)
                 write_json(context.run.policy_path, outcome.policy)
             context.record("metrics", 0, outcome.step, scores.named("final") | {"final/gbops": result["gbops"]})
             write_json(context.run.result_path, result)
@@ -275,6 +292,7 @@ class _Trial:
         prepare: Callable[[], None] | None = None,
         penalty: Callable[[int], torch.Tensor] | None = None,
         telemetry: Callable[[], dict[str, float]] = dict,
+        remark: Callable[[int, int, dict[str, float]], str | None] = no_remark,
     ) -> Outcome:
         config = stage_config(self.recipe, stage)
         assert config is not None
@@ -283,7 +301,7 @@ class _Trial:
         if state is None and prepare is not None:
             prepare()
         teacher = self._teacher() if config.distill else None
-        job = Job(stage, key, net, config, before.step, penalty, teacher, telemetry, before.policy)
+        job = Job(stage, key, net, config, before.step, penalty, teacher, telemetry, before.policy, remark)
         loop = StageLoop(job, self.context, state)
         loop.run()
         seq = 0 if self.context.log is None else self.context.log.last_seq

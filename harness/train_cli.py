@@ -14,7 +14,9 @@ from harness.run_dir import RunDir
 from harness.settings import DEFAULT_RUNS_DIR, LEAVE_SIGNALS
 
 
-def train(recipe_name: str, overrides: Sequence[str], run_dir: Path | None, *, ray: bool, dry_run: bool) -> None:
+def train(
+    recipe_name: str, overrides: Sequence[str], run_dir: Path | None, *, init: Path | None, ray: bool, dry_run: bool
+) -> None:
     """Train one recipe in this process, on torchrun's ranks, or with Ray Train; print where it ended."""
     if dry_run:
         from harness.dry_run import dry_run as try_out
@@ -25,7 +27,7 @@ def train(recipe_name: str, overrides: Sequence[str], run_dir: Path | None, *, r
     if not ray:
         # The identity of a trial holds the number of ranks that it really has.
         overrides = [*overrides, f"run.workers={os.environ.get('WORLD_SIZE', '1')}"]
-    spec = make_spec(load_recipe(recipe_name, overrides), run_dir)
+    spec = make_spec(load_recipe(recipe_name, overrides), run_dir, init)
     folder = RunDir(spec.run_dir).create()
     if main_rank:
         folder.clear_stop()
@@ -64,8 +66,13 @@ def _shown(folder: RunDir, label: str) -> Iterator[None]:
         yield
 
 
-def make_spec(recipe: Recipe, run_dir: Path | None = None) -> TrialSpec:
-    """The trial of a recipe, its data written if need be; stages are shared among the runs of one folder."""
+def make_spec(recipe: Recipe, run_dir: Path | None = None, init: Path | None = None) -> TrialSpec:
+    """The trial of a recipe, its data written if need be; stages are shared among the runs of one folder.
+
+    `init`: weights that take the place of the pretraining; their content is part of the identity.
+    """
+    if init is not None:
+        recipe = recipe.model_copy(update={"model": recipe.model.model_copy(update={"weights": str(init.absolute())})})
     checksum = ensure(recipe.data.source, recipe.data.dir)
     key, label = trial_key(recipe, checksum), trial_label(recipe)
     folder = run_dir or Path(DEFAULT_RUNS_DIR) / f"{label}-{key[:8]}"
@@ -74,6 +81,7 @@ def make_spec(recipe: Recipe, run_dir: Path | None = None) -> TrialSpec:
         key=key,
         label=label,
         run_dir=str(folder.absolute()),
+        init=None if init is None else str(init.absolute()),
         stage_cache=str(folder.absolute().parent / "stages"),
     )
 

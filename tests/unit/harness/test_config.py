@@ -1,11 +1,13 @@
 import json
 import subprocess
 import sys
+import typing
 from pathlib import Path
 
 import pytest
 
 from harness.config import (
+    ModelName,
     TrialSpec,
     identity,
     load_recipe,
@@ -124,6 +126,33 @@ def test_recipe_survives_json():
     assert TrialSpec.model_validate_json(spec.model_dump_json(by_alias=True)) == spec
     assert (recipe.run.min_workers, recipe.run.max_workers) == (1, 2)
     assert "dir" not in identity(recipe, "c")["data"]
+
+
+SETS = [(2,), (2, 4, 8), (1, 2, 4, 8), (4, 8), (2, 4, 8, 16), (5, 15), (32,)]
+REFUSED = [(3, 4), (8, 4), (4, 4), (2, 32), (20,), (4, 6)]
+
+
+@pytest.mark.parametrize("bits", [*SETS, *REFUSED])
+def test_bit_widths_are_refused_as_the_method_refuses_them(bits: tuple[int, ...]):
+    from sbs import SbsError, SearchSpace
+
+    try:
+        SearchSpace(weight_bits=bits)
+        allowed = True
+    except SbsError:
+        allowed = False
+    override = f"search.weight_bits={list(bits)}"
+    if allowed:
+        assert digits(override).search.weight_bits == bits
+    else:
+        with pytest.raises(UserError, match="weight_bits = "):
+            digits(override)
+
+
+def test_model_names_are_those_of_the_zoo():
+    import sbs
+
+    assert typing.get_args(ModelName) == sbs.models.NAMES
 
 
 def test_labels():

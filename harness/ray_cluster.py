@@ -103,9 +103,9 @@ def _private(node: Node) -> Iterator[list[Node]]:
         token.touch(mode=0o600)
         token.write_text(_TOKEN, encoding="ascii")
         os.environ.update({"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token)})
-    try:
-        import ray
+    import ray
 
+    try:
         ray.init(
             address="local",
             num_cpus=int(node.cpus),
@@ -116,11 +116,9 @@ def _private(node: Node) -> Iterator[list[Node]]:
             _node_ip_address="127.0.0.1",
             _temp_dir=str(folder),
         )
-        try:
-            yield [node]
-        finally:
-            ray.shutdown()
+        yield [node]
     finally:
+        ray.shutdown()  # also after a start that failed half-way
         shutil.rmtree(folder, ignore_errors=True)
         if mine:
             for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN_PATH"):

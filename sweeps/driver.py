@@ -11,7 +11,7 @@ from harness.config import Recipe
 from harness.ray_cluster import Node
 from harness.run_dir import RunDir
 from harness.settings import EXIT_PREEMPTED
-from harness.tracking.mirror import Mirror, Place
+from harness.tracking.mirror import Mirror, Place, is_sent
 from harness.tracking.store import Store, default_uri
 from sweeps import folder, outcome
 from sweeps.plan import Plan, Planner, finished, unfinished
@@ -103,10 +103,17 @@ def run(
         if to_run:
             parent.write("RUNNING", None, None)
         stop = StopRequest(sweep.path)
-        with Mirror(store_of(runs_dir), Place(space.name, space.name), sweep.path) as mirror:
-            for spec in finished(sweep.plan.trials):  # what an earlier driver finished but did not get to send
-                mirror.ended(RunDir(spec.run_dir), "FINISHED")
-            endings = Waves(sweep, mirror, stop, clock).run(trial) if to_run else []
+        store = store_of(runs_dir)
+        done = [RunDir(spec.run_dir) for spec in finished(sweep.plan.trials)]
+        unsent = [each for each in done if not is_sent(store, each)]  # an earlier driver's, or the store was lost
+        with Mirror(store, Place(space.name, space.name), sweep.path) as mirror:
+            for trial_dir in unsent:
+                mirror.ended(trial_dir, "FINISHED")
+            try:
+                endings = Waves(sweep, mirror, stop, clock).run(trial) if to_run else []
+            except BaseException:
+                parent.write("FAILED", None, None)
+                raise
             with clock.measuring("tables"):
                 frontier = outcome.from_folders([sweep.path])
                 artifacts = outcome.write(frontier, sweep.path)
@@ -116,7 +123,7 @@ def run(
             with clock.measuring("MLflow after the last trial"):
                 leftover = mirror.close()
     outcome.show_table(frontier)
-    outcome.show_summary(outcome.Summary(sweep.path, store_of(runs_dir), endings, clock.seconds, leftover))
+    outcome.show_summary(outcome.Summary(sweep.path, store, endings, clock.seconds, leftover))
     if stop.signal is not None:
         return 130 if stop.signal == signal.SIGINT else EXIT_PREEMPTED
     return 1 if any(ending.ended == "failed" for ending in endings) else 0

@@ -85,6 +85,10 @@ def place_of(folder: Path) -> Place:
     return Place(told["experiment"], told.get("sweep"))
 
 
+class Damage(Exception):  # noqa: N818 - a state of files
+    """A run directory that cannot be read."""
+
+
 class Mirror:
     """A thread that keeps a store up to date with the watched run directories until `close`.
 
@@ -143,7 +147,7 @@ class Mirror:
                 self._pass(final=closing is not None)
                 self.trouble = None
                 pause_s = self._poll_s
-            except StoreError as error:
+            except (StoreError, Damage) as error:
                 self.trouble = str(error)
                 pause_s = min(pause_s * 2, 30.0)
             if closing is not None and (self.trouble is None or time.monotonic() > closing):
@@ -156,11 +160,23 @@ class Mirror:
             _copy_parent(self._store, self._sweep_dir, self._ids)
         with self._lock:
             trials = [trial for trial in self._trials.values() if not trial.up_to_date]
+        damage: Damage | None = None
         for trial in trials:
-            _copy(self._store, self._place, trial, self._ids)
+            try:
+                _copy(self._store, self._place, trial, self._ids)
+            except (OSError, ValueError, KeyError) as error:  # one damaged directory must not keep the others waiting
+                damage = Damage(f"{trial.run.path} cannot be read: {error!r}")
         if final and self._sweep_dir is not None:
             _copy_parent(self._store, self._sweep_dir, self._ids)
             self._parent_done = True
+        if damage is not None:
+            raise damage
+
+
+def is_sent(store: Store, run: RunDir) -> bool:
+    """Whether this store has been told the end of a finished trial; False for an sqlite store that is gone."""
+    told = read_json(run.path / "mlflow.json") or {}
+    return not store.is_absent() and (told.get("store"), told.get("ended")) == (store.uri, "FINISHED")
 
 
 def _status_of(run: RunDir) -> Status:
@@ -193,7 +209,7 @@ def _copy(store: Store, place: Place, trial: _Trial, ids: _Ids) -> None:
     elif trial.ended is None and trial.size == -1:
         store.set_status(run_id, "RUNNING")
     trial.size, trial.ended = len(content), status
-    write_json(run.path / "mlflow.json", {"store": store.uri, "run_id": run_id, "sent": trial.sent})
+    write_json(run.path / "mlflow.json", {"store": store.uri, "run_id": run_id, "sent": trial.sent, "ended": status})
 
 
 def _open(store: Store, place: Place, trial: _Trial, span: tuple[int, int] | None, ids: _Ids) -> None:

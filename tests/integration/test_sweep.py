@@ -191,6 +191,13 @@ def test_run_rerun_extend_and_tables_from_either_source(bench: Bench, tmp_path: 
     assert read(bench.sweep) == before
     assert len(bench.store()) == 2 + 3
 
+    # A lost store is filled again from the folders.
+    (bench.runs / "mlflow.db").unlink()
+    status, output = bench.run()
+    assert status == 0, output
+    assert len(bench.store()) == 2 + 3
+    assert bench.status("one") == "FINISHED"
+
     # One more point: only that one runs.
     bench.lambdas = (0.0, 1.0, 2.0)
     status, output = bench.run()

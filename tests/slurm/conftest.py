@@ -105,6 +105,14 @@ def user(cluster: Cluster, request: pytest.FixtureRequest) -> User:
     return User(cluster, home)
 
 
+def wait_until_clean(cluster: Cluster, limit_s: float = 20) -> None:
+    """The nodes hold nothing of any job; SLURM's own step daemons may take a moment to go."""
+    end = time.monotonic() + limit_s
+    while left := leftovers(cluster):
+        assert time.monotonic() < end, "\n".join(f"left on {node}:\n{what}" for node, what in left.items())
+        time.sleep(0.2)
+
+
 def leftovers(cluster: Cluster, own: Sequence[str] = ("slurmd -D", "ps -eo", "bash -c")) -> dict[str, str]:
     """What lies or runs on the nodes that is not the nodes' own, by node; nothing if all is clean."""
     found = {}

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from tests.slurm.cluster import REPOSITORY, Cluster
-from tests.slurm.conftest import User, leftovers, wait_for
+from tests.slurm.conftest import User, wait_for, wait_until_clean
 
 PROFILE = """
 [job]
@@ -54,7 +54,7 @@ def test_digits_on_two_nodes_and_the_same_result_after_preemption(cluster: Clust
     assert sorted(row["method"] for row in rows) == ["full_precision", "sbs", "sbs", "sbs", "sbs"]
     undisturbed = result_of(clone.home, "digits_resnet20")
     assert undisturbed["stack"]["world_size"] == 2  # of one CPU each, on nodes that offer one each
-    assert leftovers(cluster) == {}
+    wait_until_clean(cluster)
 
     one = ["one.toml" if word == "digits_resnet20" else word for word in FULL]
     clone.submit("one", "--profile", "site.toml", "--partition", "low", "--set", "node.cpus=1", "--", *one)

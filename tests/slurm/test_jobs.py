@@ -4,7 +4,7 @@ import hashlib
 import json
 
 from tests.slurm.cluster import Cluster
-from tests.slurm.conftest import User, leftovers, wait_for
+from tests.slurm.conftest import User, wait_for, wait_until_clean
 
 HALF = ["--no-snapshot", "--set", "node.cpus=2", "--set", "node.memory_gb=2"]
 SMALL = [*HALF, "--nodes", "2", "--time", "5", "--set", "requeue.warn_s=20"]
@@ -21,7 +21,7 @@ def test_job_on_two_nodes_ends_as_its_command_does(cluster: Cluster, user: User)
     done = user.slurm("submit", "--wait", "--name", "seven", *SMALL, "--", "python", "ray_hello.py", "7", check=False)
     assert done.returncode == 7, done.stdout + done.stderr
     job_id = user.status("seven")["job_id"]
-    assert leftovers(cluster) == {}
+    wait_until_clean(cluster)
 
     facts = json.loads((user.home / "facts.json").read_text())
     assert sorted(task["host"] for task in facts["tasks"]) == cluster.names
@@ -87,7 +87,7 @@ def test_preempted_job_goes_on_where_it_was(cluster: Cluster, user: User):
     assert f"result {chain(25)}" in user.log("low")
     assert len((user.home / "state.all").read_text().splitlines()) == 25
     assert int(job_id) < int(urgent)
-    assert leftovers(cluster) == {}
+    wait_until_clean(cluster)
 
 
 def test_node_crash_gives_the_job_a_second_life_that_finishes_once(cluster: Cluster, user: User):
@@ -104,7 +104,7 @@ def test_node_crash_gives_the_job_a_second_life_that_finishes_once(cluster: Clus
     said = user.slurm("cancel", job_id).stdout
     assert "cancelled" in said
     assert user.status("crash")["state"] == "CANCELLED"
-    assert leftovers(cluster) == {}
+    wait_until_clean(cluster)
 
 
 def test_jobs_on_the_same_nodes_do_not_touch_each_other(cluster: Cluster, user: User):
@@ -128,7 +128,7 @@ def test_jobs_on_the_same_nodes_do_not_touch_each_other(cluster: Cluster, user: 
     assert (ended["state"], ended["exit_status"]) == ("COMPLETED", 0), user.log("tough")
     assert "stopped as asked" in user.log("tough")
     wait_for(lambda: user.accounting(tough) == [["COMPLETED", "0:0"]], 20, "record of the end")
-    assert leftovers(cluster) == {}
+    wait_until_clean(cluster)
 
 
 def kill_raylet(cluster: Cluster, user: User, name: str, node: str) -> None:
@@ -144,9 +144,9 @@ def test_killed_launchers_leave_nothing(cluster: Cluster, user: User):
     user.submit("killed", *SMALL, "--", "python", "ray_stay.py", "stop")
     wait_for(lambda: "2 workers are busy" in user.log_so_far("killed"), 90, "workers")
     for node in cluster.names:
-        cluster.on(node, ["pkill", "-9", "-f", "submitit.core._submit"])
+        cluster.on(node, ["pkill", "-9", "-f", "^[^ ]*python[^ ]* -u -m submitit"])
     assert user.wait_over("killed", 60)["state"] == "FAILED"
-    wait_for(lambda: leftovers(cluster) == {}, 20, "clean nodes")
+    wait_until_clean(cluster)
 
 
 def test_cancelled_job_leaves_nothing_and_does_not_come_back(cluster: Cluster, user: User):
@@ -156,4 +156,4 @@ def test_cancelled_job_leaves_nothing_and_does_not_come_back(cluster: Cluster, u
     ended = user.wait_over("cancelled", 60)
     assert (ended["state"], ended["lives"]) == ("CANCELLED", 1)
     assert user.accounting(job_id)[0][0].startswith("CANCELLED")
-    assert leftovers(cluster) == {}
+    wait_until_clean(cluster)

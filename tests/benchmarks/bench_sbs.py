@@ -120,6 +120,7 @@ def rounds(work: dict[str, Callable[[], object]], count: int = ROUNDS, warmup: i
 
 def peak_bytes(variant: Variant) -> int:
     """Peak of one step on the CPU, by the profiler's record of every allocation and release."""
+    variant.optimizer.zero_grad()  # gradients of the step before would count as free memory
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
         variant.step()
     assert recorded.profiler is not None

@@ -86,12 +86,41 @@ def _scenario(kind: str, rank: int) -> dict[str, object]:
     return {"state": _state(net), "policy": sbs.freeze(net).to_json(), "sizes": sizes, "calibrated": calibrated}
 
 
+ABLATIONS = {
+    "quantise only": {"prune": False},
+    "prune only": {"weight_bits": (32,), "activation_bits": (32,)},
+    "prune at 8 bits": {"weight_bits": (8,), "activation_bits": (8,)},
+    "weights only": {"activation_bits": (8,), "prune": False},
+    "nothing to search": {"weight_bits": (8,), "activation_bits": (8,), "prune": False},
+}
+
+
+def _ablation(space: dict[str, object], rank: int, penalty: float) -> str:
+    """Three steps; every parameter must get its gradient, or DistributedDataParallel gives up. The error, if any."""
+    net = sbs.prepare(networks.Residual(), sbs.SearchSpace(group_size=2, **space), torch.zeros(1, 3, SIZE, SIZE))
+    wrapped = DistributedDataParallel(net.train(), broadcast_buffers=False)
+    try:
+        for step in range(3):
+            loss = F.cross_entropy(wrapped(networks.images(5, SIZE, 10 * rank + step)), torch.arange(5))
+            if penalty:
+                loss = loss + penalty * sbs.bop_penalty(net, gradient=("weights", "activations")[step % 2])
+            loss.backward()
+            sbs.after_step(net)
+    except RuntimeError as error:
+        return str(error)
+    return ""
+
+
 def _rank(rank: int, world: int, folder: str) -> None:
     torch.set_num_threads(1)
     sbs.use_compiled(False)
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world)
     try:
-        torch.save({kind: _scenario(kind, rank) for kind in SCENARIOS}, f"{folder}/{rank}.pt")
+        results = {kind: _scenario(kind, rank) for kind in SCENARIOS}
+        results["ablations"] = {
+            name: [_ablation(space, rank, penalty) for penalty in (0.0, 0.1)] for name, space in ABLATIONS.items()
+        }
+        torch.save(results, f"{folder}/{rank}.pt")
     finally:
         dist.destroy_process_group()
 
@@ -119,6 +148,11 @@ def test_calibration_on_different_data_gives_every_rank_the_same_network(ranks):
     assert any("running_var" in name for name in first)
     for name, value in first.items():
         assert torch.equal(value, second[name]), name
+
+
+@pytest.mark.parametrize("name", ABLATIONS)
+def test_ablations_train_on_two_ranks(ranks, name):
+    assert ranks[0]["ablations"][name] == ["", ""]
 
 
 def test_gates_cost_one_small_all_reduce_a_step(ranks):

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 import sbs
+from sbs.errors import SbsError
 from tests.numerics import networks
 
 SIZE = 8
@@ -121,3 +122,9 @@ def test_a_calibrated_8_bit_network_answers_like_the_float_one(batches):
         want, got = model.eval()(batches[0]), net.eval()(batches[0])
     assert (want.argmax(1) == got.argmax(1)).float().mean() > 0.9
     assert (want - got).abs().max() < 0.1 * want.abs().max()
+
+
+def test_calibration_without_a_batch_is_refused(batches):
+    net = sbs.prepare(networks.Residual(), sbs.SearchSpace(), batches[0])
+    with pytest.raises(SbsError, match="batch"):
+        sbs.calibrate(net, [])

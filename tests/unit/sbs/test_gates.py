@@ -116,3 +116,20 @@ def test_telemetry_tells_shares_by_hand():
     assert told["gates/mean_weight_bits"] == pytest.approx(sum(bits) / len(bits))
     banks = (net.weight_gates, net.activation_gates, net.channel_gates)
     assert told["gates/flips"] == sum(int(b.flips) for b in banks) > 0
+
+
+@pytest.mark.parametrize("prune", [True, False])
+def test_weights_replaced_through_data_are_standardised_anew(prune):
+    """The idiom of averaged weights: `p.data.copy_(average)` before an evaluation."""
+    model = networks.randomise(networks.Residual(), 1)
+    net = sbs.prepare(model, sbs.SearchSpace(prune=prune), torch.zeros(1, 3, SIZE, SIZE))
+    x = networks.images(8, SIZE, 1)
+    sbs.calibrate(net, [x])
+    net.train()(x)
+    sbs.after_step(net)
+    for p in net.model.parameters():
+        p.data.copy_(p.data * 0.5 + 0.1 * p.data.abs())
+    fresh = sbs.prepare(model, sbs.SearchSpace(prune=prune), torch.zeros(1, 3, SIZE, SIZE))
+    fresh.load_state_dict(net.state_dict())
+    with torch.no_grad():
+        assert torch.equal(net.eval()(x), fresh.eval()(x))

@@ -113,7 +113,8 @@ def cost(
     """Cost of a float model (under `policy`, else 32 x 32), a super-network as it stands, or a compressed network.
 
     input_shape: (C, H, W) of one image. A compressed network is counted as it is: it does not know what was pruned, so
-    pruned_share and "of" counts come from cost(model, input_shape, policy). Raises SbsError for an unknown convention or a policy of another network.
+    pruned_share and the original channels come from cost(model, input_shape, policy). Raises SbsError for an unknown
+    convention or a policy of another network.
     """
     from sbs.policy import policy_of
 

@@ -157,16 +157,20 @@ class _Compiled:
 
     def __init__(self, function: Callable[..., Any]) -> None:
         self.eager = function
-        self._compiled: Callable[..., Any] | None = None
+        self._compiled: dict[tuple[Form, torch.dtype], Callable[..., Any]] = {}
 
-    def __call__(self, *args: Any) -> Any:
+    def __call__(self, operand: Operand, form: Form, *args: Any) -> Any:
         if not _Compiled.enabled or torch.compiler.is_compiling():
-            return self.eager(*args)
-        if self._compiled is None:
+            return self.eager(operand, form, *args)
+        # one cache for each kind of tensor: looking a graph up among all of them takes longer than small tensors do
+        key = (form, operand.x.dtype)
+        compiled = self._compiled.get(key)
+        if compiled is None:
             options = {"recompile_limit": _GRAPHS, "isolate_recompiles": True}
-            self._compiled = torch.compile(self.eager, dynamic=True, fullgraph=True, **options)  # type: ignore[call-overload]
+            compiled = torch.compile(self.eager, dynamic=True, fullgraph=True, **options)  # type: ignore[call-overload]
+            self._compiled[key] = compiled
         try:
-            return self._compiled(*args)
+            return compiled(operand, form, *args)
         except Exception as error:  # a broken tool chain raises many types, none of them the caller's fault
             if "torch._" not in type(error).__module__:
                 raise
@@ -175,7 +179,7 @@ class _Compiled:
                 _Compiled._warned = True
                 reason = (str(error).strip() or type(error).__name__).splitlines()[0]
                 warnings.warn(f"SBS kernels run uncompiled, and slower: torch.compile failed ({reason})", stacklevel=3)
-            return self.eager(*args)
+            return self.eager(operand, form, *args)
 
 
 def use_compiled(enabled: bool) -> bool:

@@ -173,9 +173,11 @@ class RunConfig(Section):
     profile_steps: Annotated[int, Field(ge=0)] = 0
 
     @model_validator(mode="after")
-    def _range_is_ordered(self) -> Self:
+    def _run_is_possible(self) -> Self:
         if isinstance(self.workers, tuple) and self.workers[0] > self.workers[1]:
             raise ValueError(f"workers = {list(self.workers)} must be [min, max] with min <= max")
+        if self.sync_batchnorm and not self.gpus_per_worker:
+            raise ValueError("`sync_batchnorm` needs GPUs (NCCL): set gpus_per_worker, or leave it out")
         return self
 
     @property

@@ -3,6 +3,7 @@
 import time
 from pathlib import Path
 
+from harness.errors import UserError
 from slurm import queue
 from slurm.life import Life
 from slurm.processes import Scratch, wait_until
@@ -23,7 +24,11 @@ class Follower:
     def run(self) -> None:
         """Join, stay, leave."""
         with Scratch(Path(self.life.profile.node.scratch)) as scratch:
-            ray = self.life.ray_node(scratch)
+            try:
+                ray = self.life.ray_node(scratch)
+            except UserError as error:
+                self.tell_loss(f"error: {error}")
+                return
             assert ray is not None  # arrays have one node, and so no followers
             try:
                 self.serve(ray)
@@ -41,7 +46,7 @@ class Follower:
             return
         try:
             ray.start_worker(head)
-        except RayStartError as error:
+        except (RayStartError, UserError) as error:
             self.tell_loss(str(error))
             return
         self.rendezvous.put(f"up-{self.life.place.rank}", self.name)

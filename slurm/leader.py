@@ -1,6 +1,5 @@
 """The launcher of rank 0: starts everything, supervises the command, ends everything, and acts on the verdict."""
 
-import os
 import signal
 import time
 from pathlib import Path
@@ -36,8 +35,9 @@ class Leader:
         verdict = Verdict("finish", EXIT_NOT_STARTED, "the launcher failed")
         try:
             with Scratch(Path(self.profile.node.scratch)) as scratch:
-                ray = self.life.ray_node(scratch)
+                ray = None
                 try:
+                    ray = self.life.ray_node(scratch)
                     verdict = self.supervise(ray, scratch)
                     if verdict.action == "finish":
                         self.finish(verdict)
@@ -63,7 +63,7 @@ class Leader:
     def supervise(self, ray: RayNode | None, scratch: Scratch) -> Verdict:
         """From the start of Ray to the end of the command."""
         try:
-            environ = os.environ | scratch.environ() if ray is None else self.start_cluster(ray)
+            environ = self.life.environ(scratch) if ray is None else self.start_cluster(ray)
         except RayStartError as error:
             if not self.life.interrupted():
                 self.life.say(str(error))

@@ -1,7 +1,9 @@
 """What the launchers of one life of a task have in common: their place, their records, the signals they got."""
 
 import os
+import sys
 import time
+from pathlib import Path
 from typing import Any
 
 from slurm import queue, records
@@ -47,8 +49,14 @@ class Life:
         """Ray on this node, unless the submission needs none."""
         if self.submission.array is not None:
             return None
-        workdir = self.submission.workdir
-        return RayNode(self.profile, self.place, scratch, self.rendezvous, os.environ, workdir, self.interrupted)
+        environ, workdir = self.environ(scratch), self.submission.workdir
+        return RayNode(self.profile, self.place, scratch, self.rendezvous, environ, workdir, self.interrupted)
+
+    def environ(self, scratch: Scratch) -> dict[str, str]:
+        """What the command finds in its environment, Ray's part left out; `python` is the profile's, or this one."""
+        python = Path(self.profile.node.python or sys.executable)
+        path = os.pathsep.join([str(python.parent), os.environ.get("PATH", os.defpath)])
+        return os.environ | scratch.environ() | {"PATH": path}
 
     def interrupted(self) -> bool:
         """Whether somebody wants this launcher to leave."""

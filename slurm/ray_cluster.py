@@ -5,7 +5,6 @@ ray: the launcher must outlive whatever Ray does.
 """
 
 import json
-import os
 import re
 import shutil
 import signal
@@ -59,9 +58,7 @@ class RayNode:
     def env(self) -> dict[str, str]:
         """The environment of everything that belongs to this cluster, on this node."""
         own = {k: v for k, v in self.environ.items() if k not in {"RAY_ADDRESS", "RAY_HEAD_IP", "RAY_AUTH_TOKEN"}}
-        own |= _SETTINGS | self.scratch.environ() | {"RAY_AUTH_TOKEN_PATH": str(self.rendezvous.token_file)}
-        # `python` in a job of Ray's job server is whatever the head finds first: let it be this interpreter
-        own["PATH"] = os.pathsep.join([str(Path(self.python).parent), own.get("PATH", os.defpath)])
+        own |= _SETTINGS | {"RAY_AUTH_TOKEN_PATH": str(self.rendezvous.token_file)}
         by_ip = {ip: name for name, ip in interfaces().items()}
         if self.place.world > 1 and self.ip in by_ip:
             own.setdefault("GLOO_SOCKET_IFNAME", by_ip[self.ip])

@@ -18,7 +18,8 @@ PREEMPTED = JobView("RUNNING", preempted=True, ends_in_s=40.0)
         (signal.SIGUSR2, PREEMPTED, False, Cause.PREEMPTED),
         (signal.SIGTERM, PREEMPTED, False, Cause.PREEMPTED),
         (signal.SIGTERM, JobView("CANCELLED", preempted=False, ends_in_s=None), False, Cause.CANCELLED),
-        (signal.SIGTERM, JobView("COMPLETING", preempted=False, ends_in_s=None), False, Cause.PREEMPTED),
+        (signal.SIGTERM, JobView("COMPLETING", preempted=False, ends_in_s=None), False, Cause.TAKEN_BACK),
+        (signal.SIGTERM, JobView("COMPLETING", preempted=True, ends_in_s=None), False, Cause.PREEMPTED),
         (signal.SIGTERM, JobView("TIMEOUT", preempted=False, ends_in_s=None), False, Cause.TIME_LIMIT),
         (signal.SIGTERM, RUNNING, False, Cause.ASKED),
         (signal.SIGTERM, RUNNING, True, Cause.CANCELLED),
@@ -70,6 +71,8 @@ def test_grace_leaves_time_to_clean_up():
         (1, Cause.NODE_LOST, 5, "requeue", True, "requeue", 85),  # Ray's error, not the command's
         (1, Cause.NODE_LOST, 0, "requeue", True, "finish", 1),
         (1, Cause.NODE_LOST, 5, "fail", True, "finish", EXIT_NODE_LOST),
+        (143, Cause.TAKEN_BACK, 5, "fail", False, "finish", EXIT_NODE_LOST),  # SLURM saw the loss first
+        (143, Cause.TAKEN_BACK, 5, "requeue", False, "leave", 85),
         (0, Cause.NODE_LOST, 5, "fail", True, "finish", 0),  # it had ended all the same
         (EXIT_NOT_STARTED, None, 5, "requeue", True, "finish", EXIT_NOT_STARTED),
     ],

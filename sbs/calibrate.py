@@ -6,6 +6,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from sbs.errors import SbsError
 from sbs.graph import NORMS
 from sbs.layers import QuantizedLayer
 from sbs.space import levels
@@ -23,8 +24,11 @@ def calibrate(net: nn.Module, batches: Iterable[Tensor]) -> None:
     A layer with several candidate bit-widths starts at the 99.9% quantile; a fixed-bit layer at the clip with the least
     squared error for its bits. Where torch.distributed is initialised the results are averaged over the ranks, so ranks
     may bring different batches (as many each). Train and eval modes are left as they were.
+    Raises SbsError without a batch.
     """
     images = list(batches)
+    if not images:
+        raise SbsError("calibrate() got no batch; give at least one batch of training images")
     modes = {m: m.training for m in net.modules()}
     layers = [m for m in net.modules() if isinstance(m, QuantizedLayer)]
     norms = [m for m in net.modules() if isinstance(m, NORMS) and m.track_running_stats]

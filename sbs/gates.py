@@ -4,6 +4,7 @@ The statistics are buffers that decide the *next* step (ours): every rank sees t
 the same bits as training. A small hysteresis keeps a gate from flickering while its statistic is a noisy running mean.
 """
 
+import math
 from typing import Any
 
 import torch
@@ -44,7 +45,8 @@ class GateBank(nn.Module):
     def __init__(self, *shape: int, maximum: float) -> None:
         super().__init__()
         self.maximum = maximum
-        self.thresholds = nn.Parameter(torch.zeros(shape))
+        # a bank without gates has nothing to learn, and DDP would wait for its gradient
+        self.thresholds = nn.Parameter(torch.zeros(shape), requires_grad=math.prod(shape) > 0)
         self.register_buffer("statistic", torch.ones(shape))
         self.register_buffer("open", torch.ones(shape))
         self.register_buffer("flips", torch.zeros((), dtype=torch.int64))

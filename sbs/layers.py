@@ -100,9 +100,9 @@ class QuantizedLayer(nn.Module):
         """The weight's kept rows and columns: what the compressed layer will hold."""
         w: Tensor = self.weight
         if self.kept_out is not None:
-            w = w.index_select(0, self.kept_out)
+            w = w.index_select(0, self.kept_out.to(w.device))
         if self.kept_in is not None:
-            w = w.index_select(1, self.kept_in)
+            w = w.index_select(1, self.kept_in.to(w.device))
         return w
 
     def _weight_side(self) -> tuple[Side, Tensor]:

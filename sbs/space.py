@@ -65,8 +65,10 @@ class SearchSpace:
     def __post_init__(self) -> None:
         object.__setattr__(self, "weight_bits", check_bits(self.weight_bits, "weight_bits"))
         object.__setattr__(self, "activation_bits", check_bits(self.activation_bits, "activation_bits"))
-        if self.group_size < 1:
-            raise SbsError(f"group_size={self.group_size}: a group has at least one channel")
+        if type(self.prune) is not bool:
+            raise SbsError(f"prune={self.prune!r}: say True or False")
+        if type(self.group_size) is not int or self.group_size < 1:
+            raise SbsError(f"group_size={self.group_size!r}: give a whole number of channels, at least 1")
         if not 0 <= self.max_prune_share < 1:
             raise SbsError(f"max_prune_share={self.max_prune_share}: give a share in [0, 1), for example 0.5")
         if self.edge_bits != FULL_PRECISION_BITS:

@@ -56,12 +56,13 @@ class SuperNet(nn.Module):
         self._index_channels(device)
         self.macs = MacTable(graph, self._group_sizes, self.group_slices).to(device)
         self._rows = {name: i for i, name in enumerate(searched)}
-        self._moments_cache: tuple[list[tuple[int, int]], tuple[list[Tensor], list[Tensor]]] | None = None
+        self._kept_for: tuple[torch.device, Tensor] | None = None
+        self._left_moments: tuple[list[tuple[int, int]], tuple[list[Tensor], list[Tensor]]] | None = None
         for side in ("weight", "activation"):
             bits = getattr(space, f"{side}_bits")
             steps = torch.tensor([float(levels(b)) for b in bits], device=device)
             self.register_buffer(f"_{side}_steps", steps, persistent=False)
-        self.register_load_state_dict_post_hook(lambda module, _: module.refresh_kept())
+        self.register_load_state_dict_post_hook(_refresh_after_load)
 
     def _index_channels(self, device: torch.device) -> None:
         """Buffers that map channels to their group's gate, and gates to their ChannelGroup."""
@@ -133,14 +134,11 @@ class SuperNet(nn.Module):
         return {name: WeightCodes(*c) for name, *c in zip(self.searched, means, scales, codes, strict=True)}
 
     def _moments(self, layers: list[QuantizedLayer]) -> tuple[list[Tensor], list[Tensor]]:
-        """Mean and deviation of the kept weights, computed once for each state of weights and gates."""
-        # an in-place update raises the version; a move to another device changes the address
-        state = [(layer.weight._version, layer.weight.data_ptr()) for layer in layers]  # noqa: SLF001
-        cached = self._moments_cache
-        if cached is None or cached[0] != state:
-            cached = (state, moments([layer.kept_weight() for layer in layers]))
-            self._moments_cache = cached
-        return cached[1]
+        """Mean and deviation of the kept weights; those that after_step left serve the next training pass, once."""
+        left, self._left_moments = self._left_moments, None
+        if self.training and left is not None and left[0] == _versions(layers):
+            return left[1]
+        return moments([layer.kept_weight() for layer in layers])
 
     # -- after each optimiser step
 
@@ -201,10 +199,11 @@ class SuperNet(nn.Module):
         if self.weight_gates.thresholds.numel() == 0:
             return
         layers = self._searched_layers()
-        means, stds = self._moments(layers)
+        kept = [layer.kept_weight() for layer in layers]
+        means, stds = moments(kept)
+        self._left_moments = (_versions(layers), (means, stds))
         scales = [layer.weight_clip * std for layer, std in zip(layers, stds, strict=True)]
         grid = tuple(levels(b) for b in self.space.weight_bits)
-        kept = [layer.kept_weight() for layer in layers]
         self.weight_gates.statistic.copy_(statistics(kept, means, scales, grid))
 
     @torch.no_grad()
@@ -253,8 +252,11 @@ class SuperNet(nn.Module):
         if not self.group_slices:
             return
         # one transfer to the host per step for all groups
-        self._moments_cache = None
-        is_open = self.channel_gates.open.cpu()
+        device = self.channel_gates.open.device
+        is_open = self.channel_gates.open.cpu().clone()
+        if self._kept_for is not None and self._kept_for[0] == device and torch.equal(self._kept_for[1], is_open):
+            return
+        self._kept_for, self._left_moments = (device, is_open), None
         gates = is_open[self._channel_index.cpu()].split([g.channels for g in self.graph.groups])
         kept = [_kept_channels(gate) for gate in gates]
         for info in self.graph.layers:
@@ -264,9 +266,17 @@ class SuperNet(nn.Module):
             columns = None if info.source is None or info.kind == "depthwise" else kept[info.source]
             if columns is not None and info.repeat > 1:
                 columns = (columns.unsqueeze(1) * info.repeat + torch.arange(info.repeat)).reshape(-1)
-            device = layer.weight.device
             layer.kept_out = None if rows is None else rows.to(device)
             layer.kept_in = None if columns is None else columns.to(device)
+
+
+def _versions(layers: list[QuantizedLayer]) -> list[tuple[int, int]]:
+    """The state of the weights: an in-place update raises the version, a move to another device changes the address."""
+    return [(layer.weight._version, layer.weight.data_ptr()) for layer in layers]  # noqa: SLF001
+
+
+def _refresh_after_load(net: SuperNet, _: object) -> None:
+    net.refresh_kept()
 
 
 def prepare(model: nn.Module, space: SearchSpace, example_input: Tensor) -> SuperNet:

@@ -54,6 +54,19 @@ def _compile(function: Any) -> Any:
 
 
 @_compile
+def _copy(source: Any, start: Any, count: Any, target: Any, to: Any) -> None:
+    """Move bytes; assigning slices does the same and takes numba a second longer to compile, each time."""
+    for k in range(count):
+        target[_U(to + k)] = source[_U(start + k)]
+
+
+@_compile
+def _fill(target: Any, start: Any, end: Any, value: Any) -> None:
+    for k in range(start, end):
+        target[_U(k)] = value
+
+
+@_compile
 def _number(source: Any, at: Any) -> Any:
     """Two bytes, the high one first."""
     return (np.int64(source[at]) << 8) + np.int64(source[at + 1])
@@ -105,7 +118,7 @@ def _cut_jpeg(source: Any, height: Any, width: Any, box: Any, out: Any) -> Any:
     new_height, new_width = min((last + 1) * block_rows, height) - top, min((end + 1) * run_columns, width) - left
     if 10 * new_height * new_width > 9 * height * width:
         return nothing
-    out[:at] = source[:at]
+    _copy(source, 0, at, out, 0)
     out[frame + 5], out[frame + 6] = new_height >> 8, new_height & 255
     out[frame + 7], out[frame + 8] = new_width >> 8, new_width & 255
     size = _copy_runs(source, at, (first * runs, (last + 1) * runs), (begin, end, runs), out)
@@ -126,7 +139,7 @@ def _copy_runs(source: Any, at: Any, rows: Any, columns: Any, out: Any) -> Any:
             if kept:
                 out[size], out[size + 1] = 0xFF, 0xD0 + (kept - 1) % 8
                 size += 2
-            out[size : size + at - start] = source[start:at]
+            _copy(source, start, at - start, out, size)
             size += at - start
             kept += 1
         if source[at + 1] == 0xD9 and run + 1 < rows[1]:
@@ -142,14 +155,13 @@ def _shift(image: Any, height: Any, width: Any, top: Any, left: Any, size: Any, 
     """Copy a box of size x size pixels that may reach over the image's border, where it is black."""
     begin, end = min(max(-left, 0), size), min(max(width - left, 0), size)
     for row in range(size):
-        line, y = out[3 * row * size : 3 * (row + 1) * size], top + row
+        here, y = 3 * row * size, top + row
         if 0 <= y < height and begin < end:
-            line[: 3 * begin] = 0
-            start = 3 * (y * width + left + begin)
-            line[3 * begin : 3 * end] = image[start : start + 3 * (end - begin)]
-            line[3 * end :] = 0
+            _fill(out, here, here + 3 * begin, np.uint8(0))
+            _copy(image, 3 * (y * width + left + begin), 3 * (end - begin), out, here + 3 * begin)
+            _fill(out, here + 3 * end, here + 3 * size, np.uint8(0))
         else:
-            line[:] = 0
+            _fill(out, here, here + 3 * size, np.uint8(0))
 
 
 @_compile
@@ -211,10 +223,12 @@ def _area_resize(image: Any, width: Any, box: Any, size: Any, out: Any) -> None:
     column_weights = np.empty((columns // size + 2, size), np.float32)
     row_taps = _shares(rows, size, first_row, row_weights)
     column_taps = _shares(columns, size, first_column, column_weights)
-    place = (3 * first_column).view(np.uint64)
+    place = np.empty(size, np.uint64)
+    for k in range(size):
+        place[k] = 3 * first_column[k]
     line = np.empty(3 * columns, np.float32)
     for k in range(size):
-        line[:] = 0
+        _fill(line, 0, 3 * columns, np.float32(0))
         for tap in range(row_taps):
             start = 3 * ((top + first_row[k] + tap) * width + left)
             if row_weights[tap, k] != 0:

@@ -5,7 +5,7 @@ PY := .venv/bin/python
 export PYTHON TORCH_INDEX
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint bench services lock
+.PHONY: help setup demo test lint bench chaos services lock
 
 help: ## What can be made
 	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "  make %-9s %s\n", $$1, $$2}' Makefile
@@ -27,6 +27,10 @@ lint: setup ## ruff, import directions, types
 
 bench: setup ## Figures beside their limits; ends with 1 when one is missed (ARGS="names" for some)
 	@$(PY) -m tests.benchmarks $(ARGS)
+
+N ?= 20
+chaos: setup ## Kill training runs at random moments, N=20 times; ends with 1 unless all go on as if nothing had been
+	@$(PY) -m tests.chaos --kills $(N) $(ARGS)
 
 services: ## Daemons for the tests that want them: SLURM, PostgreSQL, Chromium (Debian, root or sudo); starts none
 	@sh scripts/setup.sh scripts.services

@@ -37,10 +37,7 @@ def test_mistakes_end_with_2_and_one_message(arguments: list[str], words: list[s
 
 @pytest.mark.ffcv
 def test_a_run_from_a_recipe_file(tmp_path: Path):
-    data = tiny.write_data(tmp_path)
-    recipe = tmp_path / "tiny.toml"
-    dataset = f'[data]\nsource = "imagefolder:{data.parent}/images"\ndir = "{data}"\n'
-    recipe.write_text(tiny.RECIPE.replace("[data]\n", dataset))
+    recipe = tiny.recipe_file(tiny.write_data(tmp_path))
     quick = ["--set", "search.method=full_precision", "--set", "pretrain.epochs=1", "--run-dir", str(tmp_path / "run")]
     done = harness("train", str(recipe), *quick)
     assert done.returncode == 0, done.stderr

@@ -83,10 +83,7 @@ class Cluster:
 
 @pytest.mark.timeout(300)
 def test_an_elastic_run_over_two_nodes_goes_on_when_one_is_lost(cluster: Cluster, tmp_path: Path):
-    data = tiny.write_data(tmp_path / "tiny")
-    recipe = tmp_path / "tiny.toml"
-    dataset = f'[data]\nsource = "imagefolder:{data.parent}/images"\ndir = "{data}"\n'
-    recipe.write_text(tiny.RECIPE.replace("[data]\n", dataset).replace("[run]\n", "[run]\nworkers = [1, 2]\n"))
+    recipe = tiny.recipe_file(tiny.write_data(tmp_path), "workers = [1, 2]\n")
     run, log = RunDir(tmp_path / "run"), tmp_path / "log"
     sets = ["--set", "search.method=full_precision", "--set", "pretrain.epochs=40", "--set", "pretrain.lr=0.02"]
     command = [sys.executable, "-m", "harness", "train", str(recipe), *sets, "--run-dir", str(run.path), "--ray"]

@@ -20,10 +20,7 @@ EPOCHS = ("pretrain.epochs=3", "search.epochs=12", "finetune.epochs=3")
 @pytest.fixture(scope="module")
 def recipe_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     data = tiny.write_data(tmp_path_factory.mktemp("tiny"))
-    path = data.parent / "tiny.toml"
-    dataset = f'[data]\nsource = "imagefolder:{data.parent}/images"\ndir = "{data}"\n'
-    path.write_text(tiny.RECIPE.replace("[data]\n", dataset).replace("[run]\n", "[run]\nworkers = 2\n"))
-    return path
+    return tiny.recipe_file(data, "workers = 2\n")
 
 
 def train(recipe_file: Path, run_dir: Path, *options: str) -> list[str]:

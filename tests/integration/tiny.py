@@ -70,6 +70,14 @@ def recipe(data: Path, *overrides: str) -> Recipe:
     return parse_recipe(tree, "tiny recipe")
 
 
+def recipe_file(data: Path, run_section: str = "") -> Path:
+    """The recipe as a TOML file beside the data, with more lines for its [run] section."""
+    dataset = f'[data]\nsource = "imagefolder:{data.parent}/images"\ndir = "{data}"\n'
+    path = data.parent / "tiny.toml"
+    path.write_text(RECIPE.replace("[data]\n", dataset).replace("[run]\n", f"[run]\n{run_section}"))
+    return path
+
+
 def spec(data: Path, run_dir: Path, *overrides: str) -> TrialSpec:
     """The trial of `recipe` in a folder of its own."""
     made = recipe(data, *overrides)

@@ -52,7 +52,8 @@ class Leader:
     def begin(self) -> Verdict | None:
         """Open the record of this life, unless it may not begin."""
         earlier, requeue = self.life.earlier, self.profile.requeue
-        ended = not earlier or "stopped_by" in earlier[-1] or "verdict" in earlier[-1]
+        last = earlier[-1] if earlier else {"verdict": "none"}
+        ended = bool({"stopped_by", "verdict"} & last.keys()) and last.get("stopped_by") != Cause.ENDED_BY_SLURM.value
         refusal = judge_start(len(earlier), ended, requeues=requeue.max, on_node_loss=requeue.on_node_loss)
         if refusal is None:
             self.rendezvous.make_token()

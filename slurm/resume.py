@@ -24,7 +24,7 @@ class Cause(StrEnum):
 
     TIME_LIMIT = "time limit"
     PREEMPTED = "preempted"
-    TAKEN_BACK = "taken back by SLURM"
+    ENDED_BY_SLURM = "ended by SLURM"  # cancelled, or another node failed: while it is ending SLURM does not say which
     CANCELLED = "cancelled"
     ASKED = "signalled"
     NODE_LOST = "node lost"
@@ -32,7 +32,7 @@ class Cause(StrEnum):
     @property
     def of_the_queue(self) -> bool:
         """Whether the job is to go on later, by itself."""
-        return self in {Cause.TIME_LIMIT, Cause.PREEMPTED, Cause.TAKEN_BACK}
+        return self in {Cause.TIME_LIMIT, Cause.PREEMPTED}
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ def cause_of(number: int, job: JobView | None, *, cancel_requested: bool, under_
     if job is not None and job.state == "TIMEOUT":
         return Cause.TIME_LIMIT
     if job is not None and job.state != "RUNNING" and job.state in LIVE_STATES:
-        return Cause.TAKEN_BACK  # back in the queue already: another node of the job failed, or an administrator did it
+        return Cause.ENDED_BY_SLURM
     return Cause.ASKED if under_slurm else Cause.CANCELLED
 
 
@@ -81,7 +81,9 @@ def judge(
         return Verdict("finish", 0, "the command ended")
     if cause is Cause.CANCELLED:
         return Verdict("finish", exit_status, "cancelled")
-    if cause in {Cause.NODE_LOST, Cause.TAKEN_BACK} and on_node_loss == "fail":
+    if cause is Cause.ENDED_BY_SLURM:
+        return Verdict("leave", exit_status, cause.value)
+    if cause is Cause.NODE_LOST and on_node_loss == "fail":
         return Verdict("finish", EXIT_NODE_LOST, "a node was lost")
     wanted = exit_status == EXIT_PREEMPTED or cause is Cause.NODE_LOST
     wanted = wanted or (cause is not None and cause.of_the_queue and exit_status in _LEFT_AS_ASKED)

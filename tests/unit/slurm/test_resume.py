@@ -18,7 +18,7 @@ PREEMPTED = JobView("RUNNING", preempted=True, ends_in_s=40.0)
         (signal.SIGUSR2, PREEMPTED, False, Cause.PREEMPTED),
         (signal.SIGTERM, PREEMPTED, False, Cause.PREEMPTED),
         (signal.SIGTERM, JobView("CANCELLED", preempted=False, ends_in_s=None), False, Cause.CANCELLED),
-        (signal.SIGTERM, JobView("COMPLETING", preempted=False, ends_in_s=None), False, Cause.TAKEN_BACK),
+        (signal.SIGTERM, JobView("COMPLETING", preempted=False, ends_in_s=None), False, Cause.ENDED_BY_SLURM),
         (signal.SIGTERM, JobView("COMPLETING", preempted=True, ends_in_s=None), False, Cause.PREEMPTED),
         (signal.SIGTERM, JobView("TIMEOUT", preempted=False, ends_in_s=None), False, Cause.TIME_LIMIT),
         (signal.SIGTERM, RUNNING, False, Cause.ASKED),
@@ -71,8 +71,10 @@ def test_grace_leaves_time_to_clean_up():
         (1, Cause.NODE_LOST, 5, "requeue", True, "requeue", 85),  # Ray's error, not the command's
         (1, Cause.NODE_LOST, 0, "requeue", True, "finish", 1),
         (1, Cause.NODE_LOST, 5, "fail", True, "finish", EXIT_NODE_LOST),
-        (143, Cause.TAKEN_BACK, 5, "fail", False, "finish", EXIT_NODE_LOST),  # SLURM saw the loss first
-        (143, Cause.TAKEN_BACK, 5, "requeue", False, "leave", 85),
+        # SLURM ended it and knows whether there is another life
+        (0, Cause.ENDED_BY_SLURM, 5, "requeue", False, "finish", 0),
+        (139, Cause.ENDED_BY_SLURM, 5, "requeue", False, "leave", 139),
+        (85, Cause.ENDED_BY_SLURM, 0, "fail", False, "leave", 85),
         (0, Cause.NODE_LOST, 5, "fail", True, "finish", 0),  # it had ended all the same
         (EXIT_NOT_STARTED, None, 5, "requeue", True, "finish", EXIT_NOT_STARTED),
     ],

@@ -20,8 +20,8 @@ memory_gb = 3
 [requeue]
 warn_s = 60
 """
-SHORT = ["pretrain.epochs=4", "search.epochs=2", "finetune.epochs=1"]
-FULL = ["python", "-m", "sweeps", "run", "digits_resnet20", *(word for setting in SHORT for word in ("--set", setting))]
+SHORT = ["pretrain.epochs=3", "search.epochs=1", "finetune.epochs=1"]
+SETTINGS = [word for setting in SHORT for word in ("--set", setting)]
 ONE = """\
 name = "one"
 recipe = "digits_resnet20"
@@ -30,14 +30,24 @@ seeds = [0]
 """
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def clone(cluster: Cluster) -> User:
     """A user with a clean clone of the project and a profile of the site."""
     home = cluster.shared / "clone"
     subprocess.run(["git", "clone", "-q", str(REPOSITORY), str(home)], check=True)
     (home / "site.toml").write_text(PROFILE)
     (home / "one.toml").write_text(ONE)
+    cluster.wait_idle()
     return User(cluster, home)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(clone: User) -> dict[str, Any]:
+    """The full-precision trial of the digits sweep, submitted and waited for by one command."""
+    command = ["python", "-m", "sweeps", "run", "sweeps/spaces/digits_resnet20.toml", *SETTINGS]
+    done = clone.slurm("submit", "--profile", "site.toml", "--name", "digits", "--wait", "--", *command, timeout=560)
+    assert done.returncode == 0, done.stdout[-3000:]
+    return result_of(clone.home, "digits_resnet20")
 
 
 def result_of(home: Path, sweep: str) -> dict[str, Any]:
@@ -47,21 +57,23 @@ def result_of(home: Path, sweep: str) -> dict[str, Any]:
 
 
 @pytest.mark.timeout(600)
-def test_digits_on_two_nodes_and_the_same_result_after_preemption(cluster: Cluster, clone: User):
-    done = clone.slurm("submit", "--profile", "site.toml", "--name", "digits", "--wait", "--", *FULL, timeout=420)
-    assert done.returncode == 0, done.stdout[-3000:]
+def test_digits_on_two_nodes(cluster: Cluster, clone: User, undisturbed: dict[str, Any]):
     rows = json.loads((clone.home / "runs" / "digits_resnet20" / "pareto.json").read_text())["rows"]
     assert sorted(row["method"] for row in rows) == ["full_precision", "sbs", "sbs", "sbs", "sbs"]
-    undisturbed = result_of(clone.home, "digits_resnet20")
     assert undisturbed["stack"]["world_size"] == 2  # of one CPU each, on nodes that offer one each
+    assert (clone.status("digits")["state"], clone.status("digits")["lives"]) == ("COMPLETED", 1)
     wait_until_clean(cluster)
 
-    one = ["one.toml" if word == "digits_resnet20" else word for word in FULL]
-    clone.submit("one", "--profile", "site.toml", "--partition", "low", "--set", "node.cpus=1", "--", *one)
-    logs = clone.home.glob
-    wait_for(
-        lambda: any("checkpoint" in p.read_text() for p in logs("runs/one/trials/*/metrics.jsonl")), 120, "checkpoint"
-    )
+
+@pytest.mark.timeout(300)
+def test_preempted_trial_comes_to_the_same_result(cluster: Cluster, clone: User, undisturbed: dict[str, Any]):
+    low = ["--profile", "site.toml", "--partition", "low"]
+    clone.submit("one", *low, "--", "python", "-m", "sweeps", "run", "one.toml", *SETTINGS)
+
+    def covered() -> bool:
+        return any('"checkpoint"' in path.read_text() for path in clone.home.glob("runs/one/trials/*/metrics.jsonl"))
+
+    wait_for(covered, 120, "checkpoint")
     clone.submit("urgent", "--no-snapshot", "--partition", "high", "--array", "1", "--set", "node.cpus=4", "--", "true")
     assert clone.wait_over("urgent", 120)["state"] == "COMPLETED"
     ended = clone.wait_over("one", 180)
@@ -70,3 +82,4 @@ def test_digits_on_two_nodes_and_the_same_result_after_preemption(cluster: Clust
     after = result_of(clone.home, "one")
     for figure in ("key", "top1", "top5", "loss", "gbops"):
         assert after[figure] == undisturbed[figure], figure
+    wait_until_clean(cluster)

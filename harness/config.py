@@ -153,7 +153,10 @@ def check_nesting(name: str, bits: Sequence[int]) -> None:
 
 
 class RunConfig(Section):
-    """Where and how it runs: ranks, devices, arithmetic, safety. `workers` is a number of ranks or [min, max]."""
+    """Where and how it runs: ranks, devices, arithmetic, safety. `workers` is a number of ranks or [min, max].
+
+    `remote`: an fsspec URL under which a copy of the run directory is kept.
+    """
 
     seed: Annotated[int, Field(ge=0)] = 0
     workers: Count | tuple[Count, Count] = 1
@@ -171,6 +174,7 @@ class RunConfig(Section):
     max_restarts: Annotated[int, Field(ge=0)] = 5
     stall_limit_s: Positive = 600.0
     profile_steps: Annotated[int, Field(ge=0)] = 0
+    remote: str | None = None
 
     @model_validator(mode="after")
     def _run_is_possible(self) -> Self:
@@ -278,7 +282,7 @@ _NEUTRAL_DATA_KEYS = {"source", "dir", "workers", "memory"}  # the checksum says
 # These change where or how safely a trial runs, not what comes out.
 _NEUTRAL_RUN_KEYS = {
     "cpus_per_worker", "checkpoint_every_s", "checkpoint_every_steps", "keep_checkpoints", "max_restarts",
-    "stall_limit_s", "profile_steps",
+    "stall_limit_s", "profile_steps", "remote",
 }  # fmt: skip
 
 

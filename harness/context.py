@@ -20,6 +20,7 @@ from harness.data.loader import Loader, open_data
 from harness.errors import Preempted, UserError
 from harness.metrics import Scores, evaluate
 from harness.ranks import Ranks
+from harness.remote import RemoteCopy
 from harness.run_dir import MetricsLog, RecordKind, RunDir
 from harness.settings import LEAVE_SIGNALS
 from harness.watch import Watchdog
@@ -84,6 +85,10 @@ class Context:
         self.run = RunDir(spec.run_dir)
         self.leave = LeaveRequest(self.run, watch_file=ranks.main)
         self.report = report or _keep_quiet
+        self._remote: RemoteCopy | None = None
+        if ranks.main and self.recipe.run.remote is not None:
+            self._remote = RemoteCopy(self.run, self.recipe.run.remote)
+            self._remote.fetch()
         self.log = MetricsLog(self.run.create()) if ranks.main else None
         self.checkpoints = (
             CheckpointFolder(self.run.checkpoints, self.recipe.run.keep_checkpoints) if ranks.main else None
@@ -137,8 +142,14 @@ class Context:
         def done() -> None:
             log.append("checkpoint", stage, epoch, step, {}, covers=covers)
             self.last_checkpoint = path
+            self.send()
 
         self.checkpoints.write(stage, step, key, state | {"seq": covers}, done)
+
+    def send(self) -> None:
+        """Bring the remote copy up to date, where the recipe wants one (rank 0)."""
+        if self._remote is not None:
+            self._remote.send()
 
     def write_best(self, key: str, state: State) -> None:
         """Write the best weights of the current stage so far in the background of rank 0, to best-<stage>.pt."""

@@ -35,6 +35,10 @@ def fit(spec: TrialSpec, *, inside_tune: bool) -> dict[str, Any]:
     if spec.recipe.run.max_workers == 1:
         return _in_process(spec, inside_tune=inside_tune)
     _fit_group(spec, inside_tune)
+    if spec.recipe.run.remote is not None:
+        from harness.remote import RemoteCopy
+
+        RemoteCopy(folder, spec.recipe.run.remote).fetch()  # rank 0 may have worked on a machine that shares no disk
     return _outcome(folder)
 
 

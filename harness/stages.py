@@ -201,6 +201,7 @@ class _Trial:
         context.record("checkpoint", 0, outcome.step, covers=outcome.seq)
         context.last_checkpoint = paths[0]
         context.checkpoints.clear(stage)
+        context.send()
 
     # Stages -------------------------------------------------------------------------------------------------------
 
@@ -280,6 +281,7 @@ class _Trial:
                 write_json(context.run.policy_path, outcome.policy)
             context.record("metrics", 0, outcome.step, scores.named("final") | {"final/gbops": result["gbops"]})
             write_json(context.run.result_path, result)
+            context.send()
         self.ranks.max(0)  # nobody leaves before the result is there
         return result
 

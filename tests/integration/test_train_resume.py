@@ -1,6 +1,7 @@
 """What kills a run must not change it: every disturbed run ends with the weights and metrics of the undisturbed one."""
 
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -221,3 +222,19 @@ def test_given_weights_replace_the_pretraining(data: Path, tmp_path: Path, undis
     with pytest.raises(UserError, match=r"weights do not fit model.name = 'resnet32'"):
         stages.run(tiny.spec(data, tmp_path / "other", "model.name=resnet32").model_copy(update={"init": str(weights)}))
     assert RunDir(tmp_path / "other").error() is not None
+
+
+def test_a_run_goes_on_from_its_remote_copy_on_another_machine(data: Path, tmp_path: Path, undisturbed: dict[str, Any]):
+    remote = f"run.remote=file://{tmp_path}/bucket"
+    here, there = tmp_path / "here" / "trial", tmp_path / "there" / "trial"
+    assert disturbed(tiny.spec(data, here, remote), "step:21").returncode == -9
+    shutil.rmtree(here)
+    spec = tiny.spec(data, there, remote)
+    stages.run(spec)
+    assert trace(RunDir(there)) == undisturbed
+    assert starts(spec) == 2
+    copy = RunDir(tmp_path / "bucket" / "trial")
+    assert trace(copy) == undisturbed
+    assert not list(copy.checkpoints.glob("*-[0-9]*"))
+    with pytest.raises(UserError, match=r"run.remote = 'nonsense://x'"):
+        stages.run(tiny.spec(data, tmp_path / "other", "run.remote=nonsense://x"))

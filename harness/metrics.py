@@ -38,7 +38,7 @@ def score_sums(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     place = ((logits > own) | ((logits == own) & lower_class)).sum(1)
     place = torch.where(logits.isfinite().all(1), place, logits.shape[1] + 5)
     loss = F.cross_entropy(logits, labels, reduction="none").double().sum()
-    count = torch.tensor(float(len(labels)), dtype=torch.float64, device=logits.device)
+    count = logits.new_full((), len(labels), dtype=torch.float64)
     return torch.stack([count, (place < 1).sum().double(), (place < 5).sum().double(), loss])
 
 

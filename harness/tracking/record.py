@@ -61,10 +61,10 @@ def samples(records: Sequence[Mapping[str, Any]]) -> Iterator[Sample]:
 
 
 def params(config: Mapping[str, Any]) -> dict[str, str]:
-    """A recipe as flat text parameters, `section.key`, plus the short names that tables and plots are made of."""
+    """A recipe as flat text parameters, `section.key`; what tables and plots are made of has short names instead."""
     flat = dict(_flatten(config))
     short = {"model": "model.name", "method": "search.method", "lambda": "search.lambda", "seed": "run.seed"}
-    flat |= {name: flat[key] for name, key in short.items() if key in flat}
+    flat |= {name: flat.pop(key) for name, key in short.items() if key in flat}
     if not method_uses_lambda(config):
         flat.pop("lambda", None)
     return flat

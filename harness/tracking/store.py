@@ -102,7 +102,8 @@ class Store:
             return None
         folder = self.artifact_root
         location = (folder.resolve() / name).as_uri() if folder and self.uri.startswith("sqlite:") else None
-        return str(self.client.create_experiment(name, artifact_location=location))
+        kind = {"mlflow.experimentKind": "custom_model_development"}  # the UI then opens on training, not on agents
+        return str(self.client.create_experiment(name, artifact_location=location, tags=kind))
 
     @_translated
     def experiments(self) -> list[str]:

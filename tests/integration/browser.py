@@ -18,7 +18,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 # A page counts as drawn when it has been quiet for this much of the browser's own time.
-_BUDGET_MS = 20_000
+_BUDGET_MS = 90_000
 
 
 @contextmanager

@@ -47,6 +47,7 @@ class Bench:
     more: str = ""
     axis: str | None = None
     patience_s: float = 5.0
+    looks: int = 0
 
     @property
     def runs(self) -> Path:
@@ -94,7 +95,10 @@ class Bench:
         """Children by label, and the parent, straight from MLflow."""
         from mlflow import MlflowClient
 
-        client = MlflowClient(f"sqlite:///{self.runs}/mlflow.db")
+        # A copy under a new name each time: MLflow keeps connections by name, also to a file that was deleted.
+        self.looks += 1
+        copy = shutil.copy(self.runs / "mlflow.db", self.path / f"look{self.looks}.db")
+        client = MlflowClient(f"sqlite:///{copy}")
         experiment = client.get_experiment_by_name("tiny")
         found = list(client.search_runs([experiment.experiment_id]))
         parents = [run for run in found if run.data.tags["harness.role"] == "sweep"]

@@ -272,6 +272,7 @@ class StageLoop:
                 self._fault = f"the loss is {loss.item()} in {self.job.stage} ({place})"
 
     def _give_up(self) -> None:
+        self.context.flush()  # what is still being written may be the last good one
         faults = self.ranks.strings(self._fault)
         last = self.context.last_checkpoint
         kept = f"the last good checkpoint is {last}" if last else "there is no earlier checkpoint"

@@ -1,17 +1,20 @@
 """One training step of the search beside full precision, uniform 4/4 training and the written-out chain.
 
-One thread on the CPU, channels_last, random images. The four variants take turns within each round, and ratios are
-taken within a round. Memory is what one step holds at its peak: parameters, buffers and momentum, and on top of them
-the largest sum of live allocations that the profiler counts (gradients and activations among them).
+One thread on the CPU, channels_last, random images. Times are CPU seconds of the process: those of the wall on an idle
+machine, and nearly the same on a busy one. The four variants take turns within each round, and ratios are taken within
+a round. Memory is what one step holds at its peak: parameters, buffers and momentum, and on top of them the largest sum
+of live allocations that the profiler counts (gradients and activations among them).
 """
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,7 +25,7 @@ from torch.nn import functional as F
 from torch.profiler import ProfilerActivity, profile
 
 import sbs
-from tests.benchmarks.measure import Row, estimate, seconds
+from tests.benchmarks.measure import Row, estimate
 from tests.numerics import oracle
 
 ROUNDS = 9
@@ -106,22 +109,41 @@ def variants(case: Case, device: str = "cpu", *, autocast: bool = False) -> dict
     return {n: Variant(net, x, y, search=n == "search", autocast=autocast) for n, net in nets.items()}
 
 
-def rounds(work: dict[str, Callable[[], object]], count: int = ROUNDS, warmup: int = 2) -> dict[str, list[float]]:
+def rounds(
+    work: dict[str, Callable[[], object]],
+    clock: Callable[[], float] = time.process_time,
+    count: int = ROUNDS,
+    warmup: int = 2,
+) -> dict[str, list[float]]:
     """Seconds of every variant in every round; the order turns by one from round to round."""
     names = list(work)
     times: dict[str, list[float]] = {name: [] for name in names}
     for r in range(-warmup, count):
         for name in names[r % len(names) :] + names[: r % len(names)]:
-            taken = seconds(work[name])
+            start = clock()
+            work[name]()
             if r >= 0:
-                times[name].append(taken)
+                times[name].append(clock() - start)
     return times
+
+
+@contextlib.contextmanager
+def _silence() -> Iterator[None]:
+    """The profiler's library writes to standard error whenever it starts and stops."""
+    kept = os.dup(2)
+    with Path(os.devnull).open("w") as nothing:
+        os.dup2(nothing.fileno(), 2)
+        try:
+            yield
+        finally:
+            os.dup2(kept, 2)
+            os.close(kept)
 
 
 def peak_bytes(variant: Variant) -> int:
     """Peak of one step on the CPU, by the profiler's record of every allocation and release."""
     variant.optimizer.zero_grad()  # gradients of the step before would count as free memory
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
+    with _silence(), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
         variant.step()
     assert recorded.profiler is not None
     events = [e for e in recorded.profiler.kineto_results.events() if e.name() == "[memory]"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator
 
 import torch
@@ -45,7 +46,7 @@ def rows() -> Iterator[Row]:
         for variant in made.values():  # every variant frees its gradients before a step, also before its first
             variant.step()
             variant.optimizer.zero_grad()
-        times = rounds({name: _synchronised(v, case.steps) for name, v in made.items()})
+        times = rounds({name: _synchronised(v, case.steps) for name, v in made.items()}, time.perf_counter)
         peaks = {}
         for name, variant in made.items():
             variant.optimizer.zero_grad()

@@ -29,6 +29,7 @@ from harness.metrics import Scores, Stopwatch, score_sums
 from harness.optim import averaged, build_optimizer, lr_factor, set_lr
 from harness.ranks import norm_statistics, seed_step, set_norm_statistics
 from harness.watch import StepProfiler
+from sbs.layers import QuantizedLayer
 
 log = logging.getLogger(__name__)
 
@@ -96,7 +97,8 @@ class StageLoop:
             self._restore(state)
         self._ddp = self._distribute()
         self._forward: nn.Module | Any = self._ddp or job.net
-        if run.compile:
+        if run.compile and not any(isinstance(module, QuantizedLayer) for module in job.net.modules()):
+            # Quantised layers compile kernels of their own; a graph around them would be compiled anew as gates move.
             self._forward = torch.compile(self._forward)
 
     def run(self) -> Scores | None:

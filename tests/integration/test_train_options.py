@@ -52,6 +52,12 @@ def test_accumulated_parts_are_one_batch(data: Path, tmp_path: Path):
     assert not torch.equal(whole, weights(data, tmp_path / "other", lr=0.06))
 
 
+@pytest.mark.timeout(300)
+def test_a_compiled_network_learns_the_same(data: Path, tmp_path: Path):
+    compiled = train_plain(tiny.spec(data, tmp_path / "compiled", "run.compile=true"), {})
+    assert (compiled - weights(data, tmp_path / "eager")).abs().max() < 1e-4
+
+
 @pytest.mark.timeout(180)
 def test_two_ranks_are_one_batch(data: Path, tmp_path: Path):
     spec = tiny.spec(data, tmp_path / "two", "run.workers=2")

@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 import sbs
+from harness.errors import UserError
 from sbs.cost import CostReport, check_convention
 
 FORMULAS = {
@@ -31,8 +32,10 @@ def cost(
     """Print the cost of a model of the zoo at 32/32 bits, or under a policy."""
     check_convention(convention)
     small = "cifar" in model_name or model_name in {"resnet20", "resnet32", "resnet56"}
-    size = image_size or (32 if small else 224)
-    model = sbs.models.build(model_name, classes or (100 if small else 1000))
+    size = (32 if small else 224) if image_size is None else image_size
+    if size < 1:
+        raise UserError(f"--image-size {size}: give a number of pixels, for example 224")
+    model = sbs.models.build(model_name, (100 if small else 1000) if classes is None else classes)
     shape = (3, size, size)
     policy = None if policy_file is None else sbs.Policy.load(policy_file)
     full = sbs.cost(model, shape, convention=convention)

@@ -9,11 +9,13 @@ from torch import Tensor, nn
 from sbs.errors import SbsError
 from sbs.graph import NORMS
 from sbs.layers import QuantizedLayer
+from sbs.memory import spread
 from sbs.space import levels
 from sbs.supernet import SuperNet
 
 CLIP_QUANTILE = 0.999
 _TRIALS = 48
+_SAMPLE = 2**20
 Norm = nn.BatchNorm1d | nn.BatchNorm2d | nn.SyncBatchNorm
 
 
@@ -32,6 +34,7 @@ def calibrate(net: nn.Module, batches: Iterable[Tensor]) -> None:
     modes = {m: m.training for m in net.modules()}
     layers = [m for m in net.modules() if isinstance(m, QuantizedLayer)]
     norms = [m for m in net.modules() if isinstance(m, NORMS) and m.track_running_stats]
+    momenta = [m.momentum for m in norms]
     try:
         net.eval()
         # batch statistics, so that a network that never saw data starts as sanely as a pretrained one
@@ -43,6 +46,10 @@ def calibrate(net: nn.Module, batches: Iterable[Tensor]) -> None:
         _observe(net, layers, images)
         _estimate_norms(net, norms, images)
     finally:
+        for layer in layers:
+            layer.observed = None
+        for norm, momentum in zip(norms, momenta, strict=True):
+            norm.momentum = momentum
         for module, mode in modes.items():
             module.training = mode
     if isinstance(net, SuperNet):
@@ -57,7 +64,8 @@ def _observe(net: nn.Module, layers: list[QuantizedLayer], images: list[Tensor])
         net(x)
     clips = []
     for layer in layers:
-        values, layer.observed = torch.cat(layer.observed or [torch.ones(1)]), None
+        values = spread(torch.cat(layer.observed or [torch.ones(1)]), _SAMPLE)
+        layer.observed = None
         bits = layer.settings.activation_bits
         signed = layer.settings.signed
         clips.append(_best_clip(values, bits[0], signed) if len(bits) == 1 else torch.quantile(values, CLIP_QUANTILE))
@@ -72,7 +80,6 @@ def _observe(net: nn.Module, layers: list[QuantizedLayer], images: list[Tensor])
 
 def _estimate_norms(net: nn.Module, norms: list[Norm], images: list[Tensor]) -> None:
     """Running statistics of every batch norm as the plain average over the batches, quantisers on."""
-    momenta = [m.momentum for m in norms]
     for m in norms:
         m.reset_running_stats()
         m.momentum = None
@@ -80,8 +87,6 @@ def _estimate_norms(net: nn.Module, norms: list[Norm], images: list[Tensor]) -> 
         net.training = True
     for x in images:
         net(x)
-    for m, momentum in zip(norms, momenta, strict=True):
-        m.momentum = momentum
     _average([b for m in norms for b in (m.running_mean, m.running_var) if b is not None])
 
 
@@ -100,9 +105,11 @@ def _weight_clip(layer: QuantizedLayer) -> Tensor:
     weight = layer.kept_weight().float().flatten()
     var, mean = torch.var_mean(weight, correction=0)
     standard = ((weight - mean) / var.sqrt().clamp_min(1e-8)).abs()
-    standard = standard[:: max(1, standard.numel() // 2**20)]
+    standard = spread(standard, _SAMPLE)
     bits = layer.settings.weight_bits
-    return _best_clip(standard, bits[0], True) if len(bits) == 1 else torch.quantile(standard, CLIP_QUANTILE)
+    if len(bits) == 1:
+        return _best_clip(standard, bits[0], True)
+    return torch.quantile(standard, CLIP_QUANTILE).clamp_min(1e-6)  # constant weights have no spread
 
 
 def _best_clip(values: Tensor, bits: int, signed: bool) -> Tensor:

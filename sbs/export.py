@@ -1,6 +1,7 @@
 """A compressed network as one small file: packed integer codes, scales, norms, and the policy that shapes it.
 
-Layout: the 8 bytes b"SBSNET01", the header's length (4 bytes, little endian), the header (zlib, JSON), the payload.
+Layout: the 8 bytes b"SBSNET01", the header's length and the CRC-32 of it and all that follows (4 bytes each, little endian),
+the header (zlib, JSON), the payload.
 """
 
 import json
@@ -15,10 +16,11 @@ from torch import Tensor, nn
 
 from sbs.convert import compress
 from sbs.errors import SbsError
-from sbs.layers import LayerContext, QuantizedLayer
+from sbs.layers import QuantizedLayer
 from sbs.policy import LayerPolicy, Policy
 from sbs.space import levels
-from sbs.weights import WeightCodes, encode, moments
+from sbs.supernet import SuperNet
+from sbs.weights import encode, moments
 
 MAGIC = b"SBSNET01"
 _DTYPES = {str(t).removeprefix("torch."): t for t in (torch.float32, torch.float64, torch.bfloat16, torch.float16)}
@@ -48,7 +50,7 @@ def export(net: nn.Module, path: str | Path) -> None:
     layers = {name: m for name, m in net.named_modules() if isinstance(m, QuantizedLayer)}
     if not layers:
         raise SbsError(f"{type(net).__name__} has no quantised layer; export what sbs.compress() returned")
-    if any(len(m.settings.weight_bits) > 1 for m in layers.values()):
+    if isinstance(net, SuperNet):
         raise SbsError("a super-network cannot be exported; freeze it and compress it first")
     entries: list[dict[str, Any]] = []
     payload = bytearray()
@@ -57,7 +59,9 @@ def export(net: nn.Module, path: str | Path) -> None:
         payload += data
     header = {"model": type(net).__name__, "layers": _shapes(net, layers), "tensors": entries}
     packed = zlib.compress(json.dumps(header, separators=(",", ":")).encode(), 9)
-    Path(path).write_bytes(MAGIC + len(packed).to_bytes(4, "little") + packed + bytes(payload))
+    body = packed + bytes(payload)
+    length = len(packed).to_bytes(4, "little")
+    Path(path).write_bytes(MAGIC + length + zlib.crc32(length + body).to_bytes(4, "little") + body)
 
 
 def _tensors(
@@ -83,8 +87,9 @@ def _tensors(
 
 def _codes(layer: QuantizedLayer, bits: int) -> tuple[Tensor, Tensor]:
     """Scale v_w * std and signed codes, as the layer computes them, from the file where it came from one."""
-    if layer.context.weight is not None:
-        return layer.context.weight.scale, layer.context.weight.codes.contiguous()
+    given = layer.given_codes()
+    if given is not None:
+        return given.scale, given.codes.contiguous()
     (mean,), (std,) = moments([layer.kept_weight()])
     scale = layer.weight_clip * std
     codes = encode([layer.weight.contiguous()], [mean], [scale], [scale.new_tensor(float(levels(bits)))])[0]
@@ -123,14 +128,14 @@ def load_exported(path: str | Path, model: nn.Module, example_input: Tensor) -> 
     )
     policy = Policy(header["model"], tuple(example_input.shape[1:]), layers)
     net = compress(model, policy, example_input=example_input)
-    tensors = {entry["name"]: _decode(entry, data) for entry, data in _chunks(header["tensors"], payload, Path(path))}
+    tensors = {entry["name"]: _decode(entry, data) for entry, data in _chunks(header["tensors"], payload)}
     state = net.state_dict()
     for name, m in net.named_modules():
         if isinstance(m, QuantizedLayer) and m.quantizes_weight:
             (bits,) = m.settings.weight_bits
             codes, scale = 2 * tensors[f"{name}.weight"] - levels(bits), tensors.pop(f"{name}.weight.scale")
             tensors[f"{name}.weight"] = scale * codes / levels(bits)
-            m.context = LayerContext(weight=WeightCodes(torch.zeros_like(scale), scale, codes))
+            m.give_codes(codes, scale)
     state.update(tensors)
     net.load_state_dict(state)
     return net.eval().requires_grad_(False)
@@ -144,19 +149,13 @@ def _read(path: Path) -> tuple[dict[str, Any], bytes]:
     if data[:8] != MAGIC:
         raise SbsError(f"{path}: not an exported network; the file does not start with {MAGIC.decode()}")
     size = int.from_bytes(data[8:12], "little")
-    try:
-        header = json.loads(zlib.decompress(data[12 : 12 + size]))
-    except (zlib.error, ValueError):
-        raise SbsError(f"{path}: the header is damaged; export the network again") from None
-    return header, data[12 + size :]
+    if zlib.crc32(data[8:12] + data[16:]) != int.from_bytes(data[12:16], "little"):
+        raise SbsError(f"{path}: the file is cut off or damaged (its checksum does not fit); export the network again")
+    header: dict[str, Any] = json.loads(zlib.decompress(data[16 : 16 + size]))
+    return header, data[16 + size :]
 
 
-def _chunks(entries: list[dict[str, Any]], payload: bytes, path: Path) -> Iterator[tuple[dict[str, Any], bytes]]:
-    wanted = sum(entry["bytes"] for entry in entries)
-    if wanted != len(payload):
-        raise SbsError(
-            f"{path}: {len(payload)} bytes of tensors where {wanted} are due; the file is cut off or damaged"
-        )
+def _chunks(entries: list[dict[str, Any]], payload: bytes) -> Iterator[tuple[dict[str, Any], bytes]]:
     start = 0
     for entry in entries:
         yield entry, payload[start : start + entry["bytes"]]

@@ -17,6 +17,7 @@ from torch import Tensor, fx, nn
 from torch.fx.passes.shape_prop import ShapeProp
 
 from sbs.errors import SbsError
+from sbs.layers import QuantConv2d, QuantLinear
 
 NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.SyncBatchNorm)
 _NONNEGATIVE = (nn.ReLU, nn.ReLU6, nn.Sigmoid, nn.Hardsigmoid)
@@ -93,6 +94,9 @@ def analyze(model: nn.Module, example_input: Tensor) -> NetworkGraph:
 
     Raises SbsError naming the module or operation that cannot be handled, and why.
     """
+    parameter = next(model.parameters(), None)
+    if parameter is not None:
+        example_input = example_input.to(parameter.device, parameter.dtype)
     return _Analysis(model, example_input).result()
 
 
@@ -109,7 +113,7 @@ def _trace(model: nn.Module, example_input: Tensor) -> fx.GraphModule:
     except Exception as error:
         raise SbsError(
             f"{type(model).__name__} cannot be traced with torch.fx on an input of shape {tuple(example_input.shape)}: "
-            f"{error}. Control flow that depends on values must be moved out of forward()"
+            f"{error}. The input must fit the network, and control flow that depends on values cannot be in forward()"
         ) from error
     finally:
         for m, mode in training.items():
@@ -161,6 +165,8 @@ class _Analysis:
             return
         if not isinstance(m, (nn.Conv2d, nn.Linear, *NORMS, *_NONNEGATIVE, *_SIGNED, *_TRANSPARENT, *_MIXING)):
             raise SbsError(f"module {node.target!r} ({type(m).__name__}) is not supported: {_SUPPORTED}")
+        if isinstance(m, nn.Conv2d | nn.Linear):
+            _check_plain(str(node.target), m)
         if isinstance(m, nn.Conv2d):
             _check_conv(str(node.target), m)
         if isinstance(m, nn.Linear) and len(self._shape(self._inputs(node)[0])) != 2:
@@ -171,10 +177,18 @@ class _Analysis:
 
     def _check_calls(self) -> None:
         seen: set[str] = set()
+        owner: dict[int, str] = {}
         for node in self.nodes:
             m = self._module(node)
             if m is None or not any(True for _ in m.parameters()):
                 continue
+            for parameter in m.parameters():
+                first = owner.setdefault(id(parameter), str(node.target))
+                if first != str(node.target):
+                    raise SbsError(
+                        f"modules {first!r} and {node.target!r} share a parameter: shared weights cannot have one "
+                        "bit-width each; give each module its own"
+                    )
             if str(node.target) in seen:
                 raise SbsError(
                     f"module {node.target!r} ({type(m).__name__}) is called more than once in forward(): "
@@ -183,7 +197,10 @@ class _Analysis:
             seen.add(str(node.target))
 
     @staticmethod
-    def _call(node: fx.Node) -> Callable[..., object] | str:
+    def _call(node: fx.Node) -> Callable[..., object] | str | None:
+        """What a call node calls: a function, or the name of a tensor's method; None for any other node."""
+        if node.op not in ("call_function", "call_method"):
+            return None
         target = node.target
         # fx records max_pool2d as its boolean_dispatch wrapper, a closure of that name
         if callable(target) and getattr(target, "__qualname__", "").startswith("boolean_dispatch"):
@@ -196,6 +213,8 @@ class _Analysis:
         m, call = self._module(node), self._call(node)
         if isinstance(m, _NONNEGATIVE) or call in _NONNEGATIVE_CALLS:
             return True
+        if call in _ADDS and any(v < 0 for v in (*node.args, *node.kwargs.values()) if isinstance(v, int | float)):
+            return False  # a negative constant, or alpha
         if isinstance(m, _TRANSPARENT) or call in _TRANSPARENT_CALLS or call in _MEANS or call in _ADDS:
             return all(self._nonnegative(n) for n in self._inputs(node))
         return False
@@ -321,6 +340,17 @@ def _is_spatial_mean(node: fx.Node) -> bool:
     dims = dims if isinstance(dims, tuple | list) else (dims,)
     before = node.all_input_nodes[0].meta.get("tensor_meta")
     return before is not None and len(before.shape) == 4 and all(d in {2, 3, -1, -2} for d in dims)
+
+
+def _check_plain(name: str, m: nn.Conv2d | nn.Linear) -> None:
+    """Refuse what replacing the module would lose: a forward() of its own, a reparametrised weight."""
+    plain = (nn.Conv2d.forward, nn.Linear.forward, QuantConv2d.forward, QuantLinear.forward)
+    if type(m).forward not in plain:
+        raise SbsError(f"module {name!r} ({type(m).__name__}) has a forward() of its own: use a plain Conv2d or Linear")
+    if "weight" not in m._parameters:  # noqa: SLF001  a parametrisation hides it there
+        raise SbsError(
+            f"module {name!r} ({type(m).__name__}) computes its weight (weight_norm or the like): remove that"
+        )
 
 
 def _check_conv(name: str, m: nn.Conv2d) -> None:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from sbs.kernels import Form, GateMode
+from sbs.memory import spread
 from sbs.quantizer import LINEAR, Affine, QuantizedAffine, Side, convolution
 from sbs.space import FULL_PRECISION_BITS, levels
 from sbs.weights import WeightCodes, encode, moments
@@ -55,6 +56,8 @@ class QuantizedLayer(nn.Module):
     _activation_levels: Tensor
     _zero: Tensor
     _no_gates: Tensor
+    _given_codes: Tensor | None
+    _given_scale: Tensor | None
 
     def setup(self, settings: QuantSettings) -> None:
         """Give a float layer its clips and its (empty) bookkeeping."""
@@ -73,10 +76,12 @@ class QuantizedLayer(nn.Module):
                 self.register_parameter(f"{side}_clip", nn.Parameter(clip))
             else:
                 self.register_buffer(f"{side}_clip", clip)
-            self.register_buffer(f"{side}_clip_floor", like.new_zeros(()))
+            self.register_buffer(f"{side}_clip_floor", like.new_tensor(CLIP_FLOOR_SHARE))
             top = float(levels(bits[-1])) if quantized else 1.0
             self.register_buffer(f"_{side}_levels", like.new_tensor(top), persistent=False)
         self.register_buffer("_zero", like.new_zeros(()), persistent=False)
+        self.register_buffer("_given_codes", None, persistent=False)
+        self.register_buffer("_given_scale", None, persistent=False)
         self.register_buffer("_no_gates", like.new_ones(0), persistent=False)
 
     @property
@@ -96,6 +101,16 @@ class QuantizedLayer(nn.Module):
         clip.fill_(value)
         floor.copy_(clip * CLIP_FLOOR_SHARE)
 
+    def give_codes(self, codes: Tensor, scale: Tensor) -> None:
+        """Take codes and scale from a file in place of the weight's own (inference alone)."""
+        self._given_codes, self._given_scale = codes.to(self.weight), scale.to(self.weight)
+
+    def given_codes(self) -> WeightCodes | None:
+        """What give_codes() left, if anything."""
+        if self._given_codes is None or self._given_scale is None:
+            return None
+        return WeightCodes(self._zero, self._given_scale, self._given_codes)
+
     def kept_weight(self) -> Tensor:
         """The weight's kept rows and columns: what the compressed layer will hold."""
         w: Tensor = self.weight
@@ -109,7 +124,7 @@ class QuantizedLayer(nn.Module):
         """The weight's side and its scale v_w * std, statistics detached and over the kept weights alone."""
         c = self.context
         selected = self._weight_levels if c.weight_levels is None else c.weight_levels
-        quantized = c.weight
+        quantized = c.weight or self.given_codes()
         if quantized is None:
             (mean,), (std,) = moments([self.kept_weight()])
             scale = self.weight_clip * std
@@ -228,8 +243,7 @@ def _adopt(layer: QuantConv2d | QuantLinear, m: nn.Conv2d | nn.Linear, settings:
     layer.setup(settings)
 
 
-def _sample(x: Tensor, signed: bool, limit: int = 65536) -> Tensor:
-    """An evenly spaced sample of |x| (signed) or max(x, 0): torch.quantile takes no more than 2**24 values."""
-    flat = x.detach().reshape(-1)
-    flat = flat[:: max(1, flat.numel() // limit)].float()
-    return flat.abs() if signed else flat.clamp_min(0)
+def _sample(x: Tensor, signed: bool) -> Tensor:
+    """A sample of |x| (signed) or max(x, 0)."""
+    values = spread(x.detach().reshape(-1), 2**16).float()
+    return values.abs() if signed else values.clamp_min(0)

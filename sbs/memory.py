@@ -38,3 +38,14 @@ def restore(flat: Tensor, other: Tensor) -> Tensor:
         return flat.view(other.shape)
     n, c, h, w = other.shape
     return flat.view(n, h, w, c).permute(0, 3, 1, 2)
+
+
+def spread(values: Tensor, limit: int) -> Tensor:
+    """At most `limit` of a flat tensor's values, from all over it.
+
+    A regular stride would meet the same image columns again and again where sizes share a factor with it.
+    """
+    if values.numel() <= limit:
+        return values
+    index = torch.arange(limit, device=values.device) * 2_654_435_761 % values.numel()
+    return values[index]

@@ -23,6 +23,8 @@ def bop_penalty(net: SuperNet, gradient: Gradient = "joint") -> Tensor:
     gradient: which bit gates get a gradient, "weights", "activations" or both; the paper's code alternates between the
     two from step to step. Channel gates always get theirs.
     """
+    if not isinstance(net, SuperNet):
+        raise SbsError(f"bop_penalty() takes the super-network that prepare() returned, not a {type(net).__name__}")
     if gradient not in GRADIENTS:
         raise SbsError(f"gradient={gradient!r} is unknown; use one of {', '.join(GRADIENTS)}")
     weight = _bits(net, "weight", gradient in ("joint", "weights"))
@@ -57,13 +59,13 @@ def param_groups(net: nn.Module) -> dict[str, list[nn.Parameter]]:
         "bit_thresholds": [],
         "prune_thresholds": [],
     }
-    channel_bank = net.channel_gates if isinstance(net, SuperNet) else None
+    channel_banks = [m.channel_gates for m in net.modules() if isinstance(m, SuperNet)]
     for module in net.modules():
         for name, parameter in module.named_parameters(recurse=False):
             if not parameter.requires_grad or parameter.numel() == 0:
                 continue
             if isinstance(module, GateBank):
-                key = "prune_thresholds" if module is channel_bank else "bit_thresholds"
+                key = "prune_thresholds" if any(module is bank for bank in channel_banks) else "bit_thresholds"
             elif isinstance(module, QuantizedLayer) and name.endswith("_clip"):
                 key = "clips"
             elif isinstance(module, nn.Conv2d | nn.Linear) and name == "weight":
@@ -77,11 +79,13 @@ def param_groups(net: nn.Module) -> dict[str, list[nn.Parameter]]:
 def after_step(net: nn.Module) -> None:
     """Call after every optimizer.step(): clamps, and in a super-network the statistics and the gates.
 
-    In a super-network every rank must call it: it does one small all-reduce where torch.distributed is initialised.
+    The network may be wrapped (DDP, torch.compile). In a super-network every rank must call it: it does one small
+    all-reduce where torch.distributed is initialised.
     """
-    if isinstance(net, SuperNet):
-        net.after_step()
-    else:
+    supernets = [m for m in net.modules() if isinstance(m, SuperNet)]
+    for supernet in supernets:
+        supernet.after_step()
+    if not supernets:
         clamp_clips(net)
 
 

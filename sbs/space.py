@@ -20,7 +20,10 @@ def levels(bits: int) -> int:
 
 def check_bits(bits: tuple[int, ...], name: str) -> tuple[int, ...]:
     """Return `bits` as a tuple if the grids nest; raise SbsError naming the offending pair otherwise."""
-    bits = tuple(bits)
+    try:
+        bits = tuple(bits)
+    except TypeError:
+        raise SbsError(f"{name}={bits!r}: give a sequence of bit-widths, for example (2, 4, 8)") from None
     if bits == (FULL_PRECISION_BITS,):
         return bits
     if not bits:

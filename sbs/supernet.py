@@ -57,6 +57,7 @@ class SuperNet(nn.Module):
         self.macs = MacTable(graph, self._group_sizes, self.group_slices).to(device)
         self._rows = {name: i for i, name in enumerate(searched)}
         self._kept_for: tuple[torch.device, Tensor] | None = None
+        self._kept_version: tuple[int, int] | None = None
         self._left_moments: tuple[list[tuple[int, int]], tuple[list[Tensor], list[Tensor]]] | None = None
         for side in ("weight", "activation"):
             bits = getattr(space, f"{side}_bits")
@@ -75,6 +76,13 @@ class SuperNet(nn.Module):
         empty = torch.zeros(0, dtype=torch.int64)
         for name, parts in (("_channel_index", channel_index), ("_group_sizes", sizes), ("_layer_index", layer_index)):
             self.register_buffer(name, torch.cat([empty, *parts]).to(device), persistent=False)
+        # channels of every gate, short groups filled up with the index behind the last channel
+        index = self._channel_index.cpu()
+        members = torch.full((len(self._group_sizes), self.space.group_size), len(index))
+        for gate in range(len(members)):
+            own = (index == gate).nonzero().squeeze(1)
+            members[gate, : len(own)] = own
+        self.register_buffer("_group_members", members.to(device), persistent=False)
 
     def layers(self) -> Iterator[tuple[str, QuantConv2d | QuantLinear]]:
         """Name and module of every quantised layer, in order of execution."""
@@ -98,6 +106,7 @@ class SuperNet(nn.Module):
         return list(gates[self._channel_index].split([g.channels for g in self.graph.groups]))
 
     def _set_contexts(self) -> None:
+        self.refresh_kept()
         layers = [layer for _, layer in self.layers()]
         weights = self._weight_codes()
         weight, activation = self._bit_contexts("weight"), self._bit_contexts("activation")
@@ -144,6 +153,7 @@ class SuperNet(nn.Module):
 
     _channel_index: Tensor
     _group_sizes: Tensor
+    _group_members: Tensor
     _layer_index: Tensor
     _weight_steps: Tensor
 
@@ -165,7 +175,7 @@ class SuperNet(nn.Module):
 
     @torch.no_grad()
     def start_statistics(self) -> None:
-        """Take the gate statistics from what calibration collected, in place of the running means, and decide."""
+        """Take the gate statistics from what calibration collected, in place of the running means; no gate moves."""
         self._update_activation_statistics(momentum=1.0)
         self._update_weight_statistics()
         self._update_channel_statistics()
@@ -190,8 +200,9 @@ class SuperNet(nn.Module):
         table = torch.cat([sums, counts.unsqueeze(1)], dim=1).double()
         if dist.is_available() and dist.is_initialized():
             dist.all_reduce(table)
-        seen = table[:, -1:] > 0
         fresh = (table[:, :-1] / table[:, -1:].clamp_min(1)).to(bank.statistic.dtype)
+        # a batch that overflowed says nothing; let in, it would stay in the running mean for ever
+        seen = (table[:, -1:] > 0) & fresh.isfinite().all(dim=1, keepdim=True)
         bank.statistic.copy_(torch.where(seen, torch.lerp(bank.statistic, fresh, momentum), bank.statistic))
 
     @torch.no_grad()
@@ -213,10 +224,9 @@ class SuperNet(nn.Module):
         roots = [self.model.get_parameter(f"{group.root}.weight") for group in self.graph.groups]
         per_channel = torch.cat([w.detach().abs().flatten(1).mean(dim=1) for w in roots])
         bank = self.channel_gates
-        groups = torch.zeros_like(bank.statistic).index_add_(
-            0, self._channel_index, per_channel.to(bank.statistic.dtype)
-        )
-        groups /= self._group_sizes
+        # a gather and a sum, not index_add_: that one's order, and so its last bit, is left open on a GPU
+        padded = torch.cat([per_channel, per_channel.new_zeros(1)]).to(bank.statistic.dtype)
+        groups = padded[self._group_members].sum(dim=1) / self._group_sizes
         layer_means = torch.stack([groups[start:stop].mean() for start, stop in self.group_slices])
         bank.statistic.copy_(groups / layer_means[self._layer_index].clamp_min(torch.finfo(groups.dtype).tiny))
 
@@ -248,12 +258,14 @@ class SuperNet(nn.Module):
         self.refresh_kept()
 
     def refresh_kept(self) -> None:
-        """Tell the layers which rows and columns are kept, from the open channel gates."""
-        if not self.group_slices:
+        """Tell the layers which rows and columns are kept, if the open channel gates changed since the last time."""
+        gates_open = self.channel_gates.open
+        # whoever writes the buffer (a state dict, an averaged model, a broadcast) raises its version
+        version = (gates_open._version, gates_open.data_ptr())  # noqa: SLF001
+        if not self.group_slices or version == self._kept_version:
             return
-        # one transfer to the host per step for all groups
-        device = self.channel_gates.open.device
-        is_open = self.channel_gates.open.cpu().clone()
+        self._kept_version = version
+        device, is_open = gates_open.device, gates_open.cpu().clone()
         if self._kept_for is not None and self._kept_for[0] == device and torch.equal(self._kept_for[1], is_open):
             return
         self._kept_for, self._left_moments = (device, is_open), None

@@ -1,7 +1,7 @@
 """A compressed network as one small file: packed integer codes, scales, norms, and the policy that shapes it.
 
-Layout: the 8 bytes b"SBSNET01", the header's length and the CRC-32 of it and all that follows (4 bytes each, little endian),
-the header (zlib, JSON), the payload.
+Layout: the 8 bytes b"SBSNET01", the header's length and the CRC-32 of it and of all that follows (4 bytes each, little
+endian), the header (zlib, JSON), the payload.
 """
 
 import json

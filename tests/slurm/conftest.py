@@ -113,6 +113,12 @@ def wait_until_clean(cluster: Cluster, limit_s: float = 20) -> None:
         time.sleep(0.2)
 
 
+def _is_shared(path: Path, cluster: Cluster) -> bool:
+    """Whether a path on a node is, holds, or lies in what all nodes share: the cluster's base, and this checkout."""
+    shared = (cluster.base, Path(__file__).resolve().parents[2])
+    return any(path.is_relative_to(folder) or folder.is_relative_to(path) for folder in shared)
+
+
 def leftovers(cluster: Cluster, own: Sequence[str] = ("slurmd -D", "ps -eo", "bash -c")) -> dict[str, str]:
     """What lies or runs on the nodes that is not the nodes' own, by node; nothing if all is clean."""
     found = {}
@@ -120,7 +126,7 @@ def leftovers(cluster: Cluster, own: Sequence[str] = ("slurmd -D", "ps -eo", "ba
         files = cluster.on(node, ["find", "/tmp", "/dev/shm", "-mindepth", "1"]).stdout
         running = cluster.on(node, ["ps", "-eo", "args"]).stdout.splitlines()[1:]
         foreign = [line for line in running if not any(word in line for word in own)]
-        shown = "\n".join([*foreign, *(line for line in files.splitlines() if str(cluster.base) not in line)])
+        shown = "\n".join([*foreign, *(line for line in files.splitlines() if not _is_shared(Path(line), cluster))])
         if shown:
             found[node] = shown
     return found

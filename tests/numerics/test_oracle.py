@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from fractions import Fraction
 
 import numpy as np
@@ -89,3 +91,12 @@ def test_effective_bits_takes_the_selected_width_and_hand_computed_slopes():
     bits.backward()
     assert bits.item() == 4.0
     assert gates.grad.tolist() == [2.0, 4.0]
+
+
+def test_the_oracle_shares_no_code_with_the_product():
+    command = [
+        sys.executable,
+        "-c",
+        "import sys, tests.numerics.oracle, tests.numerics.tables; print('sbs' in sys.modules)",
+    ]
+    assert subprocess.run(command, capture_output=True, text=True, check=True, timeout=60).stdout.strip() == "False"

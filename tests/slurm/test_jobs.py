@@ -3,6 +3,8 @@
 import hashlib
 import json
 
+import pytest
+
 from tests.slurm.cluster import Cluster
 from tests.slurm.conftest import User, wait_for, wait_until_clean
 
@@ -48,21 +50,24 @@ def test_job_on_two_nodes_ends_as_its_command_does(cluster: Cluster, user: User)
     assert user.status("seven")["state"] == "FAILED"
 
 
+@pytest.mark.timeout(600)
 def test_time_limit_sends_the_command_back_to_the_queue_until_it_is_done(cluster: Cluster, user: User):
-    # warned 35 s before a limit of 60 s, a job of 30 links of one second needs two lives; `sleep` never ends
+    # warned 35 s before a limit of 60 s, a job of 20 links of one second needs two lives, more where Ray starts slowly;
+    # `sleep` never ends
     tight = [*HALF, "--time", "1", "--set", "requeue.warn_s=35"]
-    user.submit("chain", *tight, "--nodes", "2", "--", "python", "count.py", "state", "30", "1")
+    chained = ["--nodes", "2", "--set", "requeue.max=12", "--", "python", "count.py", "state", "20", "1"]
+    user.submit("chain", *tight, *chained)
     user.submit("sleep", *tight, "--array", "1", "--set", "requeue.max=1", "--", "sleep", "600")
 
-    ended = user.wait_over("chain", 200)
+    ended = user.wait_over("chain", 400)
     assert (ended["state"], ended["exit_status"]) == ("COMPLETED", 0), user.log("chain")
     lives = user.lives("chain")
     assert len(lives) >= 2
     assert [life["verdict"] for life in lives] == ["requeue"] * (len(lives) - 1) + ["finish"]
     assert lives[0]["stopped_by"] == "time limit"
-    assert f"result {chain(30)}" in user.log("chain")
+    assert f"result {chain(20)}" in user.log("chain")
     links = (user.home / "state.all").read_text().splitlines()
-    assert [int(line.split()[0]) for line in links] == list(range(1, 31)), "a link was computed twice or left out"
+    assert [int(line.split()[0]) for line in links] == list(range(1, 21)), "a link was computed twice or left out"
 
     # a command that knows nothing of signals is put back too, but not for ever
     ended = user.wait_over("sleep", 120)

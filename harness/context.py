@@ -4,7 +4,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -19,7 +19,7 @@ from harness.data import data_checksum
 from harness.data.loader import Loader, open_data
 from harness.errors import Preempted, UserError
 from harness.metrics import Scores, evaluate
-from harness.ranks import Ranks
+from harness.ranks import Ranks, autocast
 from harness.remote import RemoteCopy
 from harness.run_dir import MetricsLog, RecordKind, RunDir
 from harness.settings import LEAVE_SIGNALS
@@ -190,13 +190,8 @@ class Context:
         Raises `Preempted`, after `before_leaving()`, when asked to leave.
         """
         self.ranks.average_norms(net)
-        with self.autocast():
+        with autocast(self.recipe.run, self.ranks.device):
             return evaluate(net, self._val_batches(before_leaving), self.ranks, flip_tta=self.recipe.run.flip_tta)
-
-    def autocast(self) -> AbstractContextManager[Any]:
-        """The arithmetic that run.precision asks for."""
-        dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.recipe.run.precision)
-        return nullcontext() if dtype is None else torch.autocast(self.ranks.device.type, dtype)
 
     def depart(self) -> NoReturn:
         """Leave in order, all ranks together; what must be kept is on its way to the disk."""

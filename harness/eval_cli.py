@@ -2,7 +2,6 @@
 
 import json
 import os
-from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,11 +16,10 @@ from harness.data import open_data
 from harness.errors import UserError
 from harness.metrics import evaluate
 from harness.networks import as_document, example_input, full_precision, restored
-from harness.ranks import arithmetic, joined
+from harness.ranks import arithmetic, autocast, joined
 from harness.run_dir import RunDir, read_json
 
 _STAGES = ("finetune", "compress", "search", "pretrain")
-_PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass(frozen=True)
@@ -67,8 +65,7 @@ def measure(recipe: Recipe, net: nn.Module) -> dict[str, Any]:
                     f"but {recipe.data.dir} holds {loader.num_classes}"
                 )
             net.to(ranks.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-            dtype = _PRECISIONS.get(recipe.run.precision)
-            with nullcontext() if dtype is None else torch.autocast(ranks.device.type, dtype):
+            with autocast(recipe.run, ranks.device):
                 scores = evaluate(net, loader.epoch(0), ranks, flip_tta=recipe.run.flip_tta)
         finally:
             loader.close()

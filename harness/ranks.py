@@ -7,7 +7,7 @@ import io
 import os
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -181,6 +181,12 @@ def _keep_memory() -> None:
         libc = ctypes.CDLL("libc.so.6")
         libc.mallopt(_M_MMAP_THRESHOLD, 1 << 30)
         libc.mallopt(_M_TRIM_THRESHOLD, (1 << 31) - 1)
+
+
+def autocast(run: RunConfig, device: torch.device) -> AbstractContextManager[Any]:
+    """The arithmetic that run.precision asks for."""
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(run.precision)
+    return nullcontext() if dtype is None else torch.autocast(device.type, dtype)
 
 
 def seed_step(seed: int, rank: int, step: int) -> None:

@@ -4,16 +4,20 @@ The loop keeps its own checkpoints in the run directory and finds them at start,
 (after a lost worker or node, or with another number of ranks) goes on by itself. Ray's checkpoints are not used.
 """
 
+import os
 import time
 from pathlib import Path
 from typing import Any
 
 from harness.config import RunConfig, TrialSpec
 from harness.errors import Preempted, TrainingError, UserError
+from harness.ray_cluster import SETTINGS
 from harness.run_dir import RunDir
 
 # Losing a node counts against the controller, not against the workers; its default is to try again for ever.
 _CONTROLLER_FAILURES = 5
+# Just after a node is lost Ray still counts on it: an elastic group waits this long for it before it shrinks.
+_START_LIMIT, _ELASTIC_START_LIMIT_S = "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "60"
 # Patience with a shared file system that shows another machine's files late.
 _VISIBILITY_LIMIT_S = 10.0
 
@@ -60,6 +64,8 @@ def _fit_group(spec: TrialSpec, inside_tune: bool) -> None:
     from ray.train.torch import TorchConfig, TorchTrainer
 
     run = spec.recipe.run
+    if run.min_workers < run.max_workers and os.environ.get(_START_LIMIT) == SETTINGS[_START_LIMIT]:
+        os.environ[_START_LIMIT] = _ELASTIC_START_LIMIT_S
     require_capacity(run, [node["Resources"] for node in ray.nodes() if node["Alive"]])
     callbacks = []
     if inside_tune:

@@ -19,15 +19,17 @@ from torch import nn
 
 import sbs
 from harness.checkpoint import State, load, load_weights, save, save_weights, to_cpu, weights_digest
-from harness.config import Recipe, SearchConfig, TrainConfig, TrialSpec, digest, identity
+from harness.config import TrialSpec
 from harness.context import REAL_DATA, Context, Data, Report
 from harness.errors import is_user_error
-from harness.loop import Job, StageLoop, no_remark
+from harness.loop import StageLoop
 from harness.networks import as_document, compressed, example_input, full_precision, merged, search_space, supernet
+from harness.plan import idle_gates, plan, stage_config, stage_key
 from harness.provenance import record_start
 from harness.ranks import arithmetic, joined
 from harness.result import build_result
 from harness.run_dir import RunDir, write_json
+from harness.step import Job, no_remark
 
 log = logging.getLogger(__name__)
 
@@ -78,55 +80,6 @@ def run(
             raise
         finally:
             context.close()
-
-
-def plan(recipe: Recipe) -> tuple[str, ...]:
-    """The stages that a method goes through before its report."""
-    method = recipe.search.method
-    if method == "full_precision":
-        return ("pretrain",)
-    if method.startswith("uniform_"):
-        return ("pretrain", "compress", "finetune")
-    if method == "prune_then_quant":
-        return ("pretrain", "prune", "search", "compress", "finetune")
-    return ("pretrain", "search", "compress", "finetune")
-
-
-def stage_config(recipe: Recipe, stage: str) -> TrainConfig | None:
-    """How a stage trains; None for one that does not.
-
-    All methods get the same epochs: uniform networks train as long as a search and its finetune, prune-then-quantise
-    divides the search's epochs among its two searches.
-    """
-    method, epochs = recipe.search.method, recipe.search.epochs
-    if stage == "finetune" and method.startswith("uniform_"):
-        return recipe.finetune.model_copy(update={"epochs": epochs + recipe.finetune.epochs})
-    if method == "prune_then_quant" and stage in {"prune", "search"}:
-        return recipe.search.model_copy(update={"epochs": epochs // 2 if stage == "prune" else epochs - epochs // 2})
-    return {"pretrain": recipe.pretrain, "search": recipe.search, "finetune": recipe.finetune}.get(stage)
-
-
-def stage_key(recipe: Recipe, stage: str, data_checksum: str, init: str | None = None) -> str:
-    """Sixteen hex digits over all that the outcome of a stage depends on; `init` is a digest of given weights."""
-    tree = identity(recipe, data_checksum)
-    needed = {"model", "data", "run", "stage_format"} | ({"pretrain"} if init is None else set())
-    if stage != "pretrain":
-        needed.add("search")
-    if stage == "finetune":
-        needed.add("finetune")
-    return digest({"stage": stage, "init": init} | {key: tree[key] for key in needed})
-
-
-def idle_gates(search: SearchConfig, step: int, steps: int, figures: dict[str, float]) -> str | None:
-    """A warning when pressure has moved no gate by the middle of a search."""
-    if figures["gates/flips"] or not search.lambda_ or 2 * step < steps:
-        return None
-    nearest = min(value for name, value in figures.items() if name.startswith("gates/margin_"))
-    return (
-        f"no gate has moved after {step} of {steps} steps (nearest threshold margin {nearest:.3g}): "
-        f"raise search.lambda (now {search.lambda_:g}) or search.bit_threshold_lr / search.prune_threshold_lr "
-        f"(now {search.bit_threshold_lr:g} / {search.prune_threshold_lr:g})"
-    )
 
 
 class _Trial:
@@ -307,7 +260,7 @@ class _Trial:
         loop = StageLoop(job, self.context, state)
         loop.run()
         seq = 0 if self.context.log is None else self.context.log.last_seq
-        weights = to_cpu(loop.weights().state_dict())
+        weights = to_cpu(loop.stepper.weights().state_dict())
         timings = before.timings_s | {stage: loop.elapsed_s()}
         return Outcome(weights, before.policy, before.step + loop.at.step, seq, timings)
 

@@ -14,13 +14,14 @@ import torch
 
 from harness.config import TrialSpec, load_recipe
 from harness.context import Context, Data
-from harness.loop import Job, StageLoop
+from harness.loop import StageLoop
 from harness.metrics import Stopwatch
 from harness.networks import full_precision
 from harness.ranks import Ranks, arithmetic
 from harness.ray_cluster import joined
 from harness.ray_worker import fit
 from harness.run_dir import RunDir
+from harness.step import Job
 from tests.benchmarks import turns
 from tests.benchmarks.measure import Estimate, Row, estimate, ratio, repeated
 

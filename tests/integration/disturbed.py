@@ -42,7 +42,7 @@ def _arm(where: str) -> None:
 
     if kind in {"step", "term", "usr2"}:
         number = {"step": signal.SIGKILL, "term": signal.SIGTERM, "usr2": signal.SIGUSR2}[kind]
-        _before(loop.StageLoop, "_step", lambda self, *_: self._global_step() == int(value) and send(number))
+        _before(loop.StageLoop, "_step", lambda self, *_: self.global_step() == int(value) and send(number))
     elif kind == "stage":
         _before(context.Context, "enter", lambda _, stage: stage == value and send(signal.SIGKILL))
     elif kind in {"evaluating", "term-eval"}:

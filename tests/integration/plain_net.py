@@ -9,8 +9,9 @@ from torch import nn
 
 from harness.config import TrainConfig, TrialSpec
 from harness.context import Context
-from harness.loop import Job, StageLoop
+from harness.loop import StageLoop
 from harness.ranks import arithmetic, joined
+from harness.step import Job
 
 
 class PlainNet(nn.Module):

@@ -1,10 +1,11 @@
 """Two nodes, started as people start them (`ray start`): a run over both, and one that goes on when a node is lost."""
 
 import json
-import os
 import secrets
+import shutil
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -35,6 +36,8 @@ class Cluster:
         self.environment = {
             "RAY_AUTH_MODE": "token",
             "RAY_AUTH_TOKEN_PATH": str(token),
+            # Ray counts on a lost node until its health checks have failed, and waits for it as long as this:
+            "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "40",
             "RAY_health_check_period_ms": "500",
             "RAY_health_check_failure_threshold": "6",
             "OMP_NUM_THREADS": "1",
@@ -44,28 +47,17 @@ class Cluster:
     @contextmanager
     def started(self) -> Iterator["Cluster"]:
         port = self.address.rpartition(":")[2]
-        with (
-            self._node(
-                "--head", "--port", port, "--temp-dir", f"/tmp/r{os.getpid()}", "--include-dashboard=false"
-            ) as head,
-            self._node("--address", self.address, after=head) as self.second,
-        ):
-            yield self
+        folder = tempfile.mkdtemp(prefix="r", dir="/tmp")  # short: Ray's socket paths have a limit
+        head_options = ["--head", "--port", port, "--temp-dir", folder, "--include-dashboard=false"]
+        try:
+            with self._node(*head_options), self._node("--address", self.address) as self.second:
+                yield self
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
 
     @contextmanager
-    def _node(self, *options: str, after: subprocess.Popen[bytes] | None = None) -> Iterator[subprocess.Popen[bytes]]:
-        if after is not None:
-            wait_for(lambda: self._has(after, "raylet/raylet"), 60, "the head node")
-        common = [
-            "--node-ip-address",
-            "127.0.0.1",
-            "--num-cpus",
-            "1",
-            "--min-worker-port",
-            "0",
-            "--max-worker-port",
-            "0",
-        ]
+    def _node(self, *options: str) -> Iterator[subprocess.Popen[bytes]]:
+        common = ["--node-ip-address=127.0.0.1", "--num-cpus=1", "--min-worker-port=0", "--max-worker-port=0"]
         command = [str(Path(sys.executable).with_name("ray")), "start", "--block", *common, *options]
         with running(command, self.folder / "nodes.log", self.environment) as process:
             wait_for(lambda: self._has(process, "raylet/raylet"), 60, f"ray start {options[0]}")

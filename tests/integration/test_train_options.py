@@ -17,9 +17,10 @@ from harness import stages
 from harness.checkpoint import load_weights, weights_digest
 from harness.config import TrainConfig
 from harness.context import Context
-from harness.loop import Job, StageLoop
+from harness.loop import StageLoop
 from harness.ranks import Ranks
 from harness.run_dir import RunDir
+from harness.step import Job
 from tests.integration import tiny
 from tests.integration.plain_net import PlainNet, train_plain
 from tests.integration.test_train_resume import disturbed, trace
@@ -99,7 +100,7 @@ def test_the_loss_with_smoothing_and_distillation_by_hand(data: Path, tmp_path: 
             g / sum(goal) * (math.log(g / sum(goal)) - math.log(s / sum(soft))) for g, s in zip(goal, soft, strict=True)
         )
         expected += (0.75 * smooth + 0.25 * 4 * kl) / 3
-    assert loop._task_loss(images, logits, labels).item() == pytest.approx(expected, rel=1e-5)
+    assert loop.stepper.task_loss(images, logits, labels).item() == pytest.approx(expected, rel=1e-5)
     loop.context.close()
 
 

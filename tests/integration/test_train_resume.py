@@ -16,6 +16,7 @@ from harness.checkpoint import load_weights, weights_digest
 from harness.config import TrialSpec
 from harness.errors import Preempted, TrainingError, UserError
 from harness.run_dir import RunDir
+from harness.step import Stepper
 from tests.integration import tiny
 
 pytestmark = [pytest.mark.ffcv, pytest.mark.integration]
@@ -167,16 +168,14 @@ def test_the_last_good_checkpoint_is_named(data: Path, tmp_path: Path, monkeypat
 
 
 def poison(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
-    """Make the loss of one step NaN."""
-    from harness.loop import StageLoop
+    """Make the loss of one step of the pretraining NaN."""
+    original: Callable[..., Any] = Stepper.step
 
-    original: Callable[..., Any] = StageLoop._task_loss
+    def poisoned(self: Stepper, images: Any, labels: Any, number: int, *rest: Any) -> Any:
+        sums, loss = original(self, images, labels, number, *rest)
+        return sums, loss * float("nan") if number == step else loss
 
-    def task_loss(self: StageLoop, *arguments: Any) -> Any:
-        loss = original(self, *arguments)
-        return loss * float("nan") if self._global_step() == step else loss
-
-    monkeypatch.setattr(StageLoop, "_task_loss", task_loss)
+    monkeypatch.setattr(Stepper, "step", poisoned)
 
 
 def test_stages_are_shared_through_the_cache(data: Path, tmp_path: Path):

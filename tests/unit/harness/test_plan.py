@@ -1,7 +1,7 @@
 import pytest
 
 from harness.config import load_recipe
-from harness.stages import idle_gates, plan, stage_config, stage_key
+from harness.plan import idle_gates, plan, stage_config, stage_key
 
 
 def recipe(*overrides: str):

@@ -1,0 +1,177 @@
+"""One optimiser step: forward in parts, loss and penalty, backward, clipping, averaging; and all that steps change."""
+
+import warnings
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+import sbs
+from harness.checkpoint import State
+from harness.config import Recipe, TrainConfig
+from harness.metrics import score_sums
+from harness.optim import averaged, build_optimizer, lr_factor, set_lr
+from harness.ranks import Ranks, autocast, norm_statistics, seed_step, set_norm_statistics
+from sbs.layers import QuantizedLayer
+
+
+def no_remark(step: int, steps: int, figures: dict[str, float]) -> str | None:  # noqa: ARG001 - what a remark is
+    """Nothing worth a warning."""
+    return None
+
+
+@dataclass(frozen=True)
+class Job:
+    """What one stage trains: `penalty(step)` is added to the loss, `teacher` is imitated, `telemetry` is recorded.
+
+    `key` is the identity of the stage; `start_step` counts the steps of the stages before; `policy` describes `net` if
+    it is compressed; `remark(step, steps, figures)` may find something to warn of after an epoch.
+    """
+
+    stage: str
+    key: str
+    net: nn.Module
+    config: TrainConfig
+    start_step: int
+    penalty: Callable[[int], torch.Tensor] | None = None
+    teacher: nn.Module | None = None
+    telemetry: Callable[[], dict[str, float]] = dict
+    policy: dict[str, Any] | None = None
+    remark: Callable[[int, int, dict[str, float]], str | None] = no_remark
+
+
+class Stepper:
+    """Makes the steps of a job on this rank; continues from a checkpoint's `state` if one is given."""
+
+    def __init__(self, job: Job, recipe: Recipe, ranks: Ranks, state: State | None) -> None:
+        self.job, self._run, self._ranks = job, recipe.run, ranks
+        self._optimizer = build_optimizer(job.net, job.config, recipe.data.batch_size)
+        self._ema = None if job.config.ema_decay is None else averaged(job.net, job.config.ema_decay)
+        self._scaler = torch.amp.GradScaler(ranks.device.type, enabled=recipe.run.precision == "fp16")
+        if state is not None:
+            self._restore(state)
+        self._ddp = self._distribute()
+        self._forward: nn.Module | Any = self._ddp or job.net
+        if recipe.run.compile and not any(isinstance(module, QuantizedLayer) for module in job.net.modules()):
+            # Quantised layers compile kernels of their own; a graph around them would be compiled anew as gates move.
+            self._forward = torch.compile(self._forward)
+
+    @property
+    def lr(self) -> float:
+        """Learning rate of the weights in the last step."""
+        return float(self._optimizer.param_groups[0]["lr"])
+
+    def weights(self) -> nn.Module:
+        """The network that counts: the averaged one where the recipe asks for it."""
+        return self.job.net if self._ema is None else self._ema.module
+
+    def step(
+        self, images: torch.Tensor, labels: torch.Tensor, number: int, steps_per_epoch: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Step `number` of the stage on this rank's images (N, 3, H, W) and labels (N,).
+
+        Returns the sums [images, right at 1, right within 5, cross-entropy, penalty x images], float64, and the sum of
+        the losses of the parts, which is not finite if one of them is not.
+        """
+        config = self.job.config
+        seed_step(self._run.seed, self._ranks.rank, self.job.start_step + number)
+        set_lr(self._optimizer, lr_factor(config, number, steps_per_epoch))
+        parts = list(zip(images.chunk(config.accumulate), labels.chunk(config.accumulate), strict=True))
+        sums = torch.zeros(5, dtype=torch.float64, device=images.device)
+        losses = torch.zeros((), device=images.device)
+        for index, (part, part_labels) in enumerate(parts):
+            last = index == len(parts) - 1
+            with nullcontext() if last or self._ddp is None else self._ddp.no_sync():
+                penalty = self.job.penalty(number) if last and self.job.penalty is not None else None
+                logits, loss = self._backward(part, part_labels, len(parts), penalty)
+            sums[:4] += score_sums(logits, part_labels)
+            losses += loss
+        if penalty is not None:
+            sums[4] += penalty.detach().double() * len(labels)
+        self._update()
+        return sums, losses
+
+    def _backward(
+        self, images: torch.Tensor, labels: torch.Tensor, parts: int, penalty: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        with autocast(self._run, self._ranks.device):
+            logits = self._forward(images)
+            loss = self.task_loss(images, logits, labels)
+        total = loss / parts if penalty is None else loss / parts + penalty
+        self._scaler.scale(total).backward()
+        return logits.detach(), total.detach()
+
+    def task_loss(self, images: torch.Tensor, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        """Mean cross-entropy with label smoothing, or its mixture with imitating the teacher's softened logits."""
+        config = self.job.config
+        loss = F.cross_entropy(logits.float(), labels, label_smoothing=config.label_smoothing)
+        if self.job.teacher is None:
+            return loss
+        with torch.no_grad():
+            target = F.log_softmax(self.job.teacher(images).float() / config.distill_temperature, dim=1)
+        own = F.log_softmax(logits.float() / config.distill_temperature, dim=1)
+        imitation = F.kl_div(own, target, reduction="batchmean", log_target=True) * config.distill_temperature**2
+        return (1 - config.distill) * loss + config.distill * imitation
+
+    def _update(self) -> None:
+        net = self.job.net
+        self._scaler.unscale_(self._optimizer)
+        if self.job.config.clip_norm is not None:
+            nn.utils.clip_grad_norm_(net.parameters(), self.job.config.clip_norm)
+        self._scaler.step(self._optimizer)
+        self._scaler.update()
+        self._optimizer.zero_grad(set_to_none=True)
+        sbs.after_step(net)
+        if self._ema is not None:
+            self._ema.update_parameters(net)
+
+    # State --------------------------------------------------------------------------------------------------------
+
+    def finite(self) -> bool:
+        """Whether all weights are finite."""
+        return bool(nn.utils.get_total_norm([p.detach() for p in self.job.net.parameters()]).isfinite())
+
+    def state(self) -> State:
+        """All that steps change; every rank calls this, for batch-norm statistics are each rank's own."""
+        return {
+            "net": self.job.net.state_dict(),
+            "optimizer": self._optimizer.state_dict(),
+            "scaler": self._scaler.state_dict(),
+            "ema": None if self._ema is None else self._ema.state_dict(),
+            "norms": [self._ranks.gather(norm_statistics(net)) for net in self._nets()],
+        }
+
+    def _restore(self, state: State) -> None:
+        self.job.net.load_state_dict(state["net"])
+        self._optimizer.load_state_dict(state["optimizer"])
+        self._scaler.load_state_dict(state["scaler"])
+        if self._ema is not None:
+            self._ema.load_state_dict(state["ema"])
+        for net, statistics in zip(self._nets(), state["norms"], strict=True):
+            same_world = len(statistics) == self._ranks.world
+            own = statistics[self._ranks.rank] if same_world else torch.stack(statistics).mean(dim=0)
+            set_norm_statistics(net, own.to(self._ranks.device))
+
+    def _nets(self) -> list[nn.Module]:
+        return [self.job.net] if self._ema is None else [self.job.net, self._ema.module]
+
+    def _distribute(self) -> DistributedDataParallel | None:
+        if self._ranks.world == 1:
+            return None
+        # Buckets that are rebuilt after the first step change the order in which three or more ranks add up, and so the
+        # last bits after a resume; the search for unused parameters keeps the first layout.
+        fixed_buckets = self._run.deterministic and self._ranks.world > 2
+        with warnings.catch_warnings():
+            # Its successor `forward_sync_buffers` copies rank 0's buffers at once, and batch norms are each rank's own.
+            warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated", category=FutureWarning)
+            return DistributedDataParallel(
+                self.job.net,
+                device_ids=[self._ranks.device.index] if self._ranks.device.type == "cuda" else None,
+                broadcast_buffers=False,
+                find_unused_parameters=fixed_buckets,
+            )

@@ -1,6 +1,8 @@
 """Several ranks: torchrun and Ray Train give the same bits, whoever is killed on the way."""
 
 import json
+import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -65,6 +67,24 @@ def test_torchrun_with_a_killed_rank_goes_on_when_run_again(recipe_file: Path, t
     finish(torchrun(recipe_file, run.path), tmp_path / "log")
     assert starts(run) == 2
     assert trace(run) == trace(undisturbed)
+
+
+@pytest.mark.timeout(200)
+def test_a_rank_that_stands_still_is_named_and_the_others_do_not_wait_for_ever(recipe_file: Path, tmp_path: Path):
+    run = RunDir(tmp_path / "run")
+    sets = ["search.method=full_precision", "pretrain.epochs=1000", "run.stall_limit_s=10"]
+    command = torchrun(recipe_file, run.path) + [part for override in sets for part in ("--set", override)]
+    with running(command, tmp_path / "log", ONE_THREAD) as launcher:
+        wait_for(lambda: epochs_done(run, "pretrain") >= 2, 90, "training under torchrun")
+        ranks = [pid for pid in descendants(launcher.pid) if "-m harness train" in command_line(pid)]
+        still = next(pid for pid in ranks if pid != main_rank(run))
+        os.kill(still, signal.SIGSTOP)
+        wait_for((run.path / "stall.json").exists, 90, "the watchdog's verdict")
+        wait_for(lambda: not Path(f"/proc/{main_rank(run)}").exists(), 60, "the end of the rank that waited")
+    message = json.loads((run.path / "stall.json").read_text())["message"]
+    assert "no progress for 10 s (run.stall_limit_s); rank 1 (process " in message
+    assert f"process {still} on" in message
+    assert "tells nothing any more" in message
 
 
 def workers_of(driver: subprocess.Popen[bytes]) -> list[int]:

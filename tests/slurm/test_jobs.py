@@ -151,7 +151,8 @@ def test_killed_launchers_leave_nothing(cluster: Cluster, user: User):
     for node in cluster.names:
         cluster.on(node, ["pkill", "-9", "-f", "^[^ ]*python[^ ]* -u -m submitit"])
     assert user.wait_over("killed", 60)["state"] == "FAILED"
-    wait_until_clean(cluster)
+    # Ray's own agents notice within a minute that their node manager has gone
+    wait_until_clean(cluster, 90)
 
 
 def test_cancelled_job_leaves_nothing_and_does_not_come_back(cluster: Cluster, user: User):

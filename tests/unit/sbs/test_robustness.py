@@ -1,0 +1,109 @@
+"""What must not change a result in silence: names of modules, wrappers, broken batches, exceptions, samples."""
+
+import pytest
+import torch
+from torch import nn
+
+import sbs
+from sbs.graph import analyze
+from sbs.memory import spread
+
+
+def _image(batch: int = 8) -> torch.Tensor:
+    return torch.randn(batch, 3, 8, 8, generator=torch.Generator().manual_seed(1))
+
+
+class Leaky(nn.Module):
+    """Its activation is called `relu`, and is none."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv_a, self.relu, self.conv_b = nn.Conv2d(3, 8, 3), nn.LeakyReLU(), nn.Conv2d(8, 8, 3)
+        self.pool, self.fc = nn.AdaptiveAvgPool2d(1), nn.Linear(8, 5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.fc(self.pool(self.conv_b(self.relu(self.conv_a(x)))).flatten(1))
+
+
+class Shifted(Leaky):
+    """A non-negative value plus a negative constant."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.fc(self.pool(self.conv_b(torch.relu(self.conv_a(x)) + (-1.0))).flatten(1))
+
+
+@pytest.mark.parametrize("kind", [Leaky, Shifted])
+def test_a_name_or_a_constant_does_not_hide_a_sign(kind: type[nn.Module]):
+    assert analyze(kind(), _image()).layer("conv_b").signed
+
+
+class OwnForward(nn.Conv2d):
+    """A convolution that does more than convolve."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return 2 * super().forward(x)
+
+
+def test_what_a_replacement_would_lose_is_refused_by_name():
+    own, tied = Leaky(), Leaky()
+    own.conv_b = OwnForward(8, 8, 3)
+    with pytest.raises(sbs.SbsError, match=r"conv_b.*forward\(\) of its own"):
+        analyze(own, _image())
+    tied.conv_c = nn.Conv2d(8, 8, 3)
+    tied.conv_c.weight = tied.conv_b.weight
+    tied.pool = nn.Sequential(tied.conv_c, nn.AdaptiveAvgPool2d(1))
+    with pytest.raises(sbs.SbsError, match="share a parameter"):
+        analyze(tied, _image())
+    hidden = Leaky()
+    nn.utils.parametrizations.weight_norm(hidden.conv_b)
+    with pytest.raises(sbs.SbsError, match="weight_norm"):
+        analyze(hidden, _image())
+
+
+def _searching() -> sbs.SuperNet:
+    torch.manual_seed(0)
+    net = sbs.prepare(Leaky(), sbs.SearchSpace(), _image())
+    sbs.calibrate(net, [_image()])
+    return net.train()
+
+
+def test_a_wrapped_network_is_stepped_and_grouped_like_the_bare_one():
+    net = _searching()
+    bare, wrapped = sbs.param_groups(net), sbs.param_groups(nn.Sequential(net))
+    assert {k: [id(p) for p in v] for k, v in bare.items()} == {k: [id(p) for p in v] for k, v in wrapped.items()}
+    net(_image())
+    with torch.no_grad():
+        net.weight_gates.thresholds.fill_(2.9)
+    sbs.after_step(nn.Sequential(net))
+    assert int(net.weight_gates.flips) > 0
+
+
+def test_a_batch_that_is_not_finite_leaves_the_statistics_alone():
+    net = _searching()
+    before = net.activation_gates.statistic.clone()
+    net(torch.full_like(_image(), float("nan")))
+    sbs.after_step(net)
+    torch.testing.assert_close(net.activation_gates.statistic, before)
+
+
+def test_a_calibration_that_fails_leaves_no_trace():
+    net = _searching().eval()
+    want = net(_image())
+    with pytest.raises(RuntimeError):
+        sbs.calibrate(net, [_image(), torch.randn(2, 5, 8, 8)])
+    assert all(layer.observed is None for _, layer in net.layers())
+    assert net(_image()).shape == want.shape
+    assert all(layer.observed is None for _, layer in net.layers())
+
+
+def test_constant_weights_give_numbers():
+    model = Leaky()
+    nn.init.constant_(model.conv_b.weight, 0.1)
+    net = sbs.prepare(model, sbs.SearchSpace(), _image())
+    sbs.calibrate(net, [_image()])
+    assert net.eval()(_image()).isfinite().all()
+
+
+def test_a_sample_of_a_map_sees_every_column():
+    columns = torch.arange(256 * 64 * 32 * 32) % 32
+    assert spread(columns, 4096).unique().numel() == 32

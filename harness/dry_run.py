@@ -49,7 +49,7 @@ def _gpus(recipe: Recipe) -> float:
 class _MadeUp:
     """A loader of two batches of noise, like `harness.data.Loader`."""
 
-    stack = "made-up images"
+    stack, order, memory = "made-up images", "made up", "made up"
 
     def __init__(self, data: Any, split: str, *, batch_size: int, device: torch.device, **_: Any) -> None:
         self._size = data.image_size if split == "train" else data.eval_image_size or data.image_size

@@ -60,8 +60,8 @@ def build_result(
         "timings_s": timings_s,
         "stack": {
             "loader": context.val_loader().stack,
-            "order": getattr(context.train_loader(1), "order", None),
-            "memory": getattr(context.train_loader(1), "memory", None),
+            "order": context.train_loader(1).order,
+            "memory": context.train_loader(1).memory,
             "backend": context.ranks.backend,
             "world_size": context.ranks.world,
             "launcher": context.ranks.launcher,

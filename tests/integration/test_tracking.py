@@ -338,7 +338,7 @@ def test_a_server_on_postgresql_takes_16_writers(tmp_path: Path, free_port: int)
                     thread.start()
                 for thread in threads:
                     thread.join(120)
-                assert not errors
+                assert [str(error) for error in errors] == []
                 found = contents(Store(server.uri))
                 assert len(found) == 17
                 assert all(len(found[f"trial{n}"]["history"]["search/loss"]) == 3 for n in range(16))

@@ -135,7 +135,9 @@ class Cluster:
     @property
     def environ(self) -> dict[str, str]:
         """What a user of the cluster has in the environment."""
-        kept = {k: v for k, v in os.environ.items() if not k.startswith(("SLURM", "RAY_", "SBATCH"))}
+        # a compiler that has run in this process leaves the path of its cache in our environment
+        foreign = ("SLURM", "RAY_", "SBATCH", "TORCHINDUCTOR_", "TRITON_")
+        kept = {k: v for k, v in os.environ.items() if not k.startswith(foreign)}
         return kept | {"SLURM_CONF": str(self.base / "etc" / "slurm.conf"), "PATH": _PATH}
 
     def login(

@@ -19,10 +19,11 @@ PIXELS = [picture(40, 40, k) for k in range(24)]
 LABELS = [k % 5 for k in range(24)]
 
 
-def run(code: str, *arguments: str | Path) -> str:
+def run(code: str, *arguments: str | Path, **environ: str) -> str:
     """The output of a new Python process."""
     command = [sys.executable, "-c", textwrap.dedent(code), *map(str, arguments)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=110, check=False)
+    place = os.environ | environ
+    done = subprocess.run(command, capture_output=True, text=True, timeout=110, check=False, env=place)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
@@ -111,9 +112,12 @@ def test_loaders_work_in_other_processes(tmp_path: Path, method: str):
     assert done.stdout.split() == ["1"]
 
 
-@pytest.mark.parametrize(("memory", "limit_mib"), [("cache", 6.0), ("stream", 6.0)])
-def test_memory_stays_flat_over_fifty_epochs(digits: Path, memory: str, limit_mib: float):
-    """Training and validation over the digits: one batch kept an epoch would show as 12 MiB (means: buffers vary)."""
+@pytest.mark.parametrize("memory", ["cache", "stream"])
+def test_memory_stays_flat_over_fifty_epochs(digits: Path, memory: str):
+    """Training and validation over the digits: one batch kept an epoch would show as 12 MiB.
+
+    With the allocator told to give everything larger than 64 KiB back at once: else its free lists vary by 20 MiB.
+    """
     code = """
         import sys
         from harness.data.loader import open_data
@@ -133,4 +137,4 @@ def test_memory_stays_flat_over_fifty_epochs(digits: Path, memory: str, limit_mi
             sizes.append(resident_mib())
         print(sum(sizes[35:]) / 15 - sum(sizes[5:20]) / 15)
     """
-    assert float(run(code, digits, memory)) < limit_mib
+    assert float(run(code, digits, memory, MALLOC_MMAP_THRESHOLD_="65536")) < 2

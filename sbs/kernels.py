@@ -145,6 +145,9 @@ def _chain(dots: list[Tensor], gates: Tensor, slope: Tensor) -> Tensor:
     return torch.stack(grads).to(gates.dtype)
 
 
+# On a GPU compiled division is approximate unless asked otherwise. A quotient that is a bit off can round to the next
+# code, and small weights are encoded by eager code (weights.py): all must divide alike.
+_OPTIONS = {"eager_numerics.division_rounding": True}
 # forms x types x devices: far more than any one run needs, so that none ends in the eager fallback
 _GRAPHS = 64
 
@@ -166,8 +169,8 @@ class _Compiled:
         key = (form, operand.x.dtype)
         compiled = self._compiled.get(key)
         if compiled is None:
-            options = {"recompile_limit": _GRAPHS, "isolate_recompiles": True}
-            compiled = torch.compile(self.eager, dynamic=True, fullgraph=True, **options)  # type: ignore[call-overload]
+            limits = {"recompile_limit": _GRAPHS, "isolate_recompiles": True}
+            compiled = torch.compile(self.eager, dynamic=True, fullgraph=True, options=_OPTIONS.copy(), **limits)  # type: ignore[call-overload]
             self._compiled[key] = compiled
         try:
             return compiled(operand, form, *args)

@@ -5,8 +5,8 @@ evaluation and the compressed network agree bit for bit while partial sums stay 
 kept for the backward pass, where the codes are computed again.
 """
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -19,7 +19,13 @@ from sbs.memory import dense, like, memory_view, restore
 
 # float16 sums of 255 * 255 overflow: there codes are scaled by a power of two, which is exact
 _HALF_SHRINK = 2.0**-8
+# codes of up to 8 bits are exact in bfloat16 and TF32, to which float32 products may be rounded where a user allows it
 _EXACT_BF16_LEVELS = 256
+_backends: Any = torch.backends
+_PRODUCTS = {
+    "cuda": (_backends.cudnn.conv, _backends.cuda.matmul),
+    "cpu": (_backends.mkldnn.conv, _backends.mkldnn.matmul),
+}
 
 
 @dataclass(frozen=True)
@@ -87,9 +93,25 @@ def _compute_dtype(x: Tensor, sides: list[Side | None]) -> torch.dtype:
     kind = x.device.type
     if not torch.is_autocast_enabled(kind):
         return torch.float32 if any(sides) else x.dtype
-    dtype = torch.get_autocast_dtype(kind)
-    exact = all(side is None or side.form.grid[-1] < _EXACT_BF16_LEVELS for side in sides)
-    return dtype if exact else torch.float32
+    return torch.float32 if _has_wide_codes(sides) else torch.get_autocast_dtype(kind)
+
+
+def _has_wide_codes(sides: list[Side | None]) -> bool:
+    return any(side is not None and side.form.grid[-1] >= _EXACT_BF16_LEVELS for side in sides)
+
+
+@contextmanager
+def _whole_products(kind: str) -> Iterator[None]:
+    """A region where float32 products are not rounded to TF32 or bfloat16, whatever the process allows."""
+    products = () if torch.compiler.is_compiling() else _PRODUCTS.get(kind, ())
+    former = [each.fp32_precision for each in products]
+    try:
+        for each in products:
+            each.fp32_precision = "ieee"
+        yield
+    finally:
+        for each, precision in zip(products, former, strict=True):
+            each.fp32_precision = precision
 
 
 def _as_given(kind: str) -> AbstractContextManager[object]:
@@ -157,7 +179,8 @@ class QuantizedAffine(torch.autograd.Function):
         else:
             x_codes, x_unit = _encode(x, x_side, x_scale, channel_gate, dtype)
         w_codes, w_unit = _encode(w, w_side, w_scale, None, dtype)
-        with _as_given(x.device.type):
+        whole = _whole_products(x.device.type) if _has_wide_codes([x_side, w_side]) else nullcontext()
+        with _as_given(x.device.type), whole:
             y = affine.forward(x_codes, w_codes)
         y.mul_(x_unit * w_unit)
         ctx.save_for_backward(x, w, x_scale, w_scale, x_gates, w_gates, channel_gate, w_codes, x_unit, w_unit)

@@ -1,0 +1,56 @@
+"""Integer codes stay whole numbers, whatever a process allows float32 products to be rounded to."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import Tensor
+
+import sbs
+from sbs import kernels
+from tests.numerics import networks
+
+SIZE = 8
+
+
+@pytest.fixture
+def rounded_products() -> Iterator[None]:
+    """A process that lets oneDNN round float32 products to bfloat16, as torch.set_float32_matmul_precision may."""
+    products = (torch.backends.mkldnn.conv, torch.backends.mkldnn.matmul)
+    former = [each.fp32_precision for each in products]
+    for each in products:
+        each.fp32_precision = "bf16"
+    yield
+    for each, precision in zip(products, former, strict=True):
+        each.fp32_precision = precision
+
+
+@pytest.mark.usefixtures("rounded_products")
+@pytest.mark.parametrize(("bits", "precision"), [((4, 8), "bf16"), ((8, 16), "ieee")])
+def test_codes_wider_than_8_bits_are_convolved_in_whole_float32(monkeypatch, bits, precision):
+    """Narrow ones keep the fast products that the user allowed: in them they are exact."""
+    net = sbs.prepare(networks.Residual(), sbs.SearchSpace(bits, bits, edge_bits=bits[-1]), torch.zeros(1, 3, 8, 8))
+    sbs.calibrate(net, [networks.images(4, SIZE, 1)])
+    conv2d, seen = torch.conv2d, []
+
+    def spy(*args: Tensor) -> Tensor:
+        seen.append(torch.backends.mkldnn.conv.fp32_precision)
+        return conv2d(*args)
+
+    monkeypatch.setattr(torch, "conv2d", spy)
+    net.train()(networks.images(4, SIZE, 2))
+    assert seen == [precision] * 6
+    assert torch.backends.mkldnn.conv.fp32_precision == "bf16"
+    assert torch.backends.mkldnn.matmul.fp32_precision == "bf16"
+
+
+def test_compiled_kernels_divide_as_eager_ones(monkeypatch):
+    """Triton's plain division is off in the last bit, which rounds some quotients to another code."""
+    asked = []
+    monkeypatch.setattr(torch, "compile", lambda function, **options: asked.append(options) or function)
+    operand = kernels.Operand(torch.ones(4), None, *torch.ones(3).unbind(0))
+    sbs.use_compiled(True)
+    kernels._Compiled(kernels.encode)(operand, kernels.Form(False, kernels.GateMode.NONE, (1,)), torch.float32)
+    assert asked[0]["options"]["eager_numerics.division_rounding"] is True

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sbs.errors import SbsError
 from sbs.kernels import Form, GateMode
 from sbs.memory import spread
 from sbs.quantizer import LINEAR, Affine, QuantizedAffine, Side, convolution
@@ -61,6 +62,7 @@ class QuantizedLayer(nn.Module):
 
     def setup(self, settings: QuantSettings) -> None:
         """Give a float layer its clips and its (empty) bookkeeping."""
+        self.check_type()
         self.settings = settings
         self.context = LayerContext()
         self.kept_out: Tensor | None = None
@@ -83,6 +85,16 @@ class QuantizedLayer(nn.Module):
         self.register_buffer("_given_codes", None, persistent=False)
         self.register_buffer("_given_scale", None, persistent=False)
         self.register_buffer("_no_gates", like.new_ones(0), persistent=False)
+
+    def check_type(self) -> None:
+        """Raise SbsError for weights in half precision, which cannot hold codes, clips and gate statistics."""
+        if self.weight.dtype not in (torch.float32, torch.float64):
+            name = str(self.weight.dtype).removeprefix("torch.")
+            raise SbsError(
+                f"the weights of this network are {name}: a network with quantised layers is kept in float32 (or "
+                f"float64). Instead of net.half(), net.bfloat16() or net.to(torch.{name}) run it under "
+                f"torch.autocast({self.weight.device.type!r}, dtype=torch.{name})"
+            )
 
     @property
     def quantizes_weight(self) -> bool:
@@ -141,6 +153,7 @@ class QuantizedLayer(nn.Module):
 
     def apply_quantized(self, x: Tensor, affine: Affine) -> Tensor:
         """The layer's output for input `x`, bias included; leaves the residual sums in `pending_activation`."""
+        self.check_type()
         c = self.context
         if self.observed is not None:
             self.observed.append(_sample(x, self.settings.signed))

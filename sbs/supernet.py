@@ -108,6 +108,7 @@ class SuperNet(nn.Module):
     def _set_contexts(self) -> None:
         self.refresh_kept()
         layers = [layer for _, layer in self.layers()]
+        layers[0].check_type()
         weights = self._weight_codes()
         weight, activation = self._bit_contexts("weight"), self._bit_contexts("activation")
         channels = self.channel_gates_of(self.channel_gates.gates()) if self.group_slices else None

@@ -107,3 +107,19 @@ def test_constant_weights_give_numbers():
 def test_a_sample_of_a_map_sees_every_column():
     columns = torch.arange(256 * 64 * 32 * 32) % 32
     assert spread(columns, 4096).unique().numel() == 32
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("kind", ["super-network", "compressed"])
+def test_half_precision_weights_are_refused_with_the_remedy(kind: str, dtype: torch.dtype):
+    with pytest.raises(sbs.SbsError, match=rf"{dtype}.*torch\.autocast"):
+        sbs.prepare(Leaky().to(dtype), sbs.SearchSpace(), _image())
+    net = _searching()
+    net = net if kind == "super-network" else sbs.compress(net, sbs.freeze(net))
+    net.to(dtype)
+    for x in (_image(), _image().to(dtype)):
+        with pytest.raises(sbs.SbsError, match=rf"torch\.autocast\('cpu', dtype={dtype}\)"):
+            net(x)
+    with pytest.raises(sbs.SbsError, match=r"torch\.autocast"):
+        sbs.calibrate(net, [_image()])
+    assert net.float()(_image()).isfinite().all()

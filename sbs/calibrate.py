@@ -3,13 +3,13 @@
 from collections.abc import Iterable
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from sbs.errors import SbsError
 from sbs.graph import NORMS
 from sbs.layers import QuantizedLayer
 from sbs.memory import spread
+from sbs.ranks import average
 from sbs.space import levels
 from sbs.supernet import SuperNet
 
@@ -72,7 +72,7 @@ def _observe(net: nn.Module, layers: list[QuantizedLayer], images: list[Tensor])
     if not clips:
         return
     table = torch.stack([c.double() for c in clips])
-    _average([table])
+    average([table])
     for layer, clip in zip(layers, table, strict=True):
         if layer.quantizes_activation:
             layer.set_clip("activation", float(clip.clamp_min(1e-6)))
@@ -87,18 +87,7 @@ def _estimate_norms(net: nn.Module, norms: list[Norm], images: list[Tensor]) -> 
         net.training = True
     for x in images:
         net(x)
-    _average([b for m in norms for b in (m.running_mean, m.running_var) if b is not None])
-
-
-def _average(tensors: list[Tensor]) -> None:
-    """Mean over the ranks, in place, in one all-reduce."""
-    if not tensors or not (dist.is_available() and dist.is_initialized()):
-        return
-    flat = torch.cat([t.reshape(-1).double() for t in tensors])
-    dist.all_reduce(flat)
-    flat /= dist.get_world_size()
-    for t, part in zip(tensors, flat.split([t.numel() for t in tensors]), strict=True):
-        t.copy_(part.view(t.shape))
+    average([b for m in norms for b in (m.running_mean, m.running_var) if b is not None])
 
 
 def _weight_clip(layer: QuantizedLayer) -> Tensor:

@@ -5,7 +5,6 @@ import math
 from collections.abc import Iterator
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from sbs.gates import HYSTERESIS, MOMENTUM, GateBank, decide, selected
@@ -13,6 +12,7 @@ from sbs.graph import NetworkGraph, analyze
 from sbs.kernels import GateMode
 from sbs.layers import LayerContext, QuantConv2d, QuantizedLayer, QuantLinear, QuantSettings, from_float
 from sbs.mac_table import MacTable
+from sbs.ranks import agree
 from sbs.space import FULL_PRECISION_BITS, SearchSpace, levels
 from sbs.weights import WeightCodes, encode, moments, statistics
 
@@ -162,14 +162,12 @@ class SuperNet(nn.Module):
     def after_step(self) -> None:
         """Clamp clips and thresholds, bring the gate statistics up to date on all ranks, decide the gates.
 
-        One all-reduce of (searched layers x bit-widths) numbers where torch.distributed is initialised.
+        One all-reduce of a few numbers per gate where torch.distributed is initialised.
         """
         clamp_clips(self.model)
         for bank in (self.weight_gates, self.activation_gates, self.channel_gates):
             bank.clamp()
-        self._update_activation_statistics(MOMENTUM)
-        self._update_weight_statistics()
-        self._update_channel_statistics()
+        self._update_statistics(MOMENTUM)
         for bank in (self.weight_gates, self.activation_gates):
             bank.commit(decide(bank.margin(), bank.open))
         self._decide_channels()
@@ -177,30 +175,40 @@ class SuperNet(nn.Module):
     @torch.no_grad()
     def start_statistics(self) -> None:
         """Take the gate statistics from what calibration collected, in place of the running means; no gate moves."""
-        self._update_activation_statistics(momentum=1.0)
+        self._update_statistics(momentum=1.0)
+        self.refresh_kept()
+
+    def _update_statistics(self, momentum: float) -> None:
+        """Statistics of this step's weights and batches, the same on all ranks."""
+        collected = self._collected()
         self._update_weight_statistics()
         self._update_channel_statistics()
-        self.refresh_kept()
+        agree(collected, (self.weight_gates, self.activation_gates, self.channel_gates))
+        self._update_activation_statistics(collected, momentum)
 
     def _searched_layers(self) -> list[QuantizedLayer]:
         layers = dict(self.layers())
         return [layers[name] for name in self.searched]
 
-    @torch.no_grad()
-    def _update_activation_statistics(self, momentum: float) -> None:
+    def _collected(self) -> Tensor:
+        """Residual sums and counts of this rank's batches, (searched layers, bit-widths), float64; then forgotten."""
         bank, layers = self.activation_gates, self._searched_layers()
         pending = [layer.pending_activation for layer in layers]
         for layer in layers:
             layer.pending_activation = None
-        if bank.thresholds.numel() == 0:
-            return
         # every rank takes part in the all-reduce, also one that saw no batch
         empty = bank.statistic.new_zeros(bank.statistic.shape[1])
-        sums = torch.stack([empty if p is None else p[0].to(empty.dtype) for p in pending])
-        counts = torch.stack([empty[0] if p is None else p[1].to(empty.dtype) for p in pending])
-        table = torch.cat([sums, counts.unsqueeze(1)], dim=1).double()
-        if dist.is_available() and dist.is_initialized():
-            dist.all_reduce(table)
+        if bank.thresholds.numel() == 0:
+            return empty.double()
+        sums = torch.stack([empty if p is None else p[0].to(empty) for p in pending])
+        counts = torch.stack([empty.new_zeros(()) if p is None else p[1].to(empty) for p in pending])
+        return torch.cat([sums, counts.unsqueeze(1)], dim=1).double()
+
+    @torch.no_grad()
+    def _update_activation_statistics(self, table: Tensor, momentum: float) -> None:
+        bank = self.activation_gates
+        if bank.thresholds.numel() == 0:
+            return
         fresh = (table[:, :-1] / table[:, -1:].clamp_min(1)).to(bank.statistic.dtype)
         # a batch that overflowed says nothing; let in, it would stay in the running mean for ever
         seen = (table[:, -1:] > 0) & fresh.isfinite().all(dim=1, keepdim=True)

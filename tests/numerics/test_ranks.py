@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
 import sbs
+from sbs import gates
 from tests.numerics import networks
 
 SIZE, STEPS = 8, 12
@@ -86,6 +87,41 @@ def _scenario(kind: str, rank: int) -> dict[str, object]:
     return {"state": _state(net), "policy": sbs.freeze(net).to_json(), "sizes": sizes, "calibrated": calibrated}
 
 
+def _split_margin(statistic: float) -> float:
+    """A threshold that closes an open gate of this float32 statistic, but not that of the next larger one."""
+    value = torch.tensor(statistic)
+    above, threshold = torch.nextafter(value, torch.tensor(9.0)), value + gates.HYSTERESIS - 1e-6
+    while gates.decide(value - threshold, torch.ones(())) == 1:
+        threshold = torch.nextafter(threshold, torch.tensor(9.0))
+    assert gates.decide(above - threshold, torch.ones(())) == 1
+    return float(threshold)
+
+
+def _last_bit(bank: str, what: str, rank: int) -> dict[str, torch.Tensor]:
+    """One step without a batch in which the second rank's `what` differs in the last bit, at the edge of a flip."""
+    net = _build("batch norm", torch.float32)
+    with torch.no_grad():
+        own = getattr(net, bank)
+        own.thresholds.view(-1)[0] = _split_margin(float(own.statistic.view(-1)[0]))
+    if rank == 1 and what == "threshold":
+        with torch.no_grad():
+            own.thresholds.copy_(torch.nextafter(own.thresholds, torch.zeros(())))
+    elif rank == 1:
+        update = net._update_channel_statistics
+
+        def perturbed() -> None:
+            update()
+            own.statistic.copy_(torch.nextafter(own.statistic, torch.tensor(9.0)))
+
+        net._update_channel_statistics = perturbed
+    sbs.after_step(net)
+    return {"first": own.open.view(-1)[0].clone()} | _state(net)
+
+
+LAST_BITS = [
+    (f"{side}_gates", what) for side in ("weight", "activation", "channel") for what in ("statistic", "threshold")
+]
+
 ABLATIONS = {
     "quantise only": {"prune": False},
     "prune only": {"weight_bits": (32,), "activation_bits": (32,)},
@@ -120,6 +156,7 @@ def _rank(rank: int, world: int, folder: str) -> None:
         results["ablations"] = {
             name: [_ablation(space, rank, penalty) for penalty in (0.0, 0.1)] for name, space in ABLATIONS.items()
         }
+        results["last bits"] = {case: _last_bit(*case, rank) for case in LAST_BITS}
         torch.save(results, f"{folder}/{rank}.pt")
     finally:
         dist.destroy_process_group()
@@ -155,12 +192,22 @@ def test_ablations_train_on_two_ranks(ranks, name):
     assert ranks[0]["ablations"][name] == ["", ""]
 
 
+@pytest.mark.parametrize("case", LAST_BITS, ids=" ".join)
+def test_a_last_bit_that_differs_at_a_threshold_does_not_part_the_ranks(ranks, case):
+    """As on two kinds of hardware: the first rank decides, here that the gate closes; alone the second would not."""
+    first, second = (rank["last bits"][case] for rank in ranks)
+    assert first["first"] == 0
+    for name, value in first.items():
+        assert torch.equal(value, second[name]), name
+
+
 def test_gates_cost_one_small_all_reduce_a_step(ranks):
     """Beside the gradients' own, which do not pass through torch.distributed.all_reduce."""
     sizes = ranks[0]["batch norm"]["sizes"]
-    searched_layers, steps = 5, 2
+    searched_layers, steps, channel_groups = 5, 2, (8 + 16) // 2
     assert len(sizes) == STEPS
-    assert max(sizes) <= 2 * searched_layers * steps
+    sums, gates = searched_layers * (steps + 1), 2 * searched_layers * steps + channel_groups
+    assert max(sizes) == sums + 3 * gates  # statistic, threshold and gate of the first rank
 
 
 @pytest.mark.parametrize("kind", ["group norm", "frozen batch norm"])

@@ -1,0 +1,42 @@
+"""What the ranks of a distributed run must have in common, at the cost of one small all-reduce each."""
+
+from collections.abc import Iterable
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from sbs.gates import GateBank
+
+
+def _initialised() -> bool:
+    return dist.is_available() and dist.is_initialized()
+
+
+def average(tensors: list[Tensor]) -> None:
+    """Mean over the ranks, in place."""
+    if not tensors or not _initialised():
+        return
+    total = _summed(tensors)
+    for t, part in zip(tensors, total, strict=True):
+        t.copy_(part / dist.get_world_size())
+
+
+def agree(sums: Tensor, banks: Iterable[GateBank]) -> None:
+    """Add `sums` up over the ranks and give every rank the first one's statistics, thresholds and gates, in place.
+
+    Ranks with equal weights compute equal statistics, unless their hardware differs; a last bit that differs at a
+    threshold would leave them with different networks.
+    """
+    own = [t for bank in banks for t in (bank.statistic, bank.thresholds.detach(), bank.open) if t.numel()]
+    if not own or not _initialised():
+        return
+    given = own if dist.get_rank() == 0 else [torch.zeros_like(t) for t in own]
+    for t, part in zip([sums, *own], _summed([sums, *given]), strict=True):
+        t.copy_(part)
+
+
+def _summed(tensors: list[Tensor]) -> list[Tensor]:
+    flat = torch.cat([t.reshape(-1).double() for t in tensors])
+    dist.all_reduce(flat)
+    return [part.view(t.shape) for t, part in zip(tensors, flat.split([t.numel() for t in tensors]), strict=True)]

@@ -80,12 +80,12 @@ def _tensors(
             continue
         layer = quantized[name]
         (bits,) = layer.settings.weight_bits
-        scale, codes = _codes(layer, bits)
+        scale, codes = codes_of(layer, bits)
         yield name, list(tensor.shape), bits, dtype, pack((codes.cpu() + levels(bits)) / 2, bits)
         yield f"{name}.scale", [], None, dtype, _raw(scale)
 
 
-def _codes(layer: QuantizedLayer, bits: int) -> tuple[Tensor, Tensor]:
+def codes_of(layer: QuantizedLayer, bits: int) -> tuple[Tensor, Tensor]:
     """Scale v_w * std and signed codes, as the layer computes them, from the file where it came from one."""
     given = layer.given_codes()
     if given is not None:

@@ -121,7 +121,7 @@ def run(
             if to_run or not parent.exists():
                 parent.write("FINISHED" if stop.signal is None else "KILLED", frontier, artifacts)
             with clock.measuring("MLflow after the last trial"):
-                leftover = mirror.close()
+                leftover = mirror.close(30.0 if stop.signal is None else 5.0)
     outcome.show_table(frontier)
     outcome.show_summary(outcome.Summary(sweep.path, store, endings, clock.seconds, leftover))
     if stop.signal is not None:

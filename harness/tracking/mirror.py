@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from harness.run_dir import RunDir, parse_records, read_json, write_json
-from harness.tracking import picture, record
+from harness.tracking import model, picture, record
 from harness.tracking.store import Status, Store, StoreError
 
 ARTIFACTS = ("config.json", "provenance.json", "policy.json", "result.json", "error.json", "layers.png")
@@ -39,10 +39,11 @@ class _Trial:
     sent: int = 0
     size: int = -1  # of metrics.jsonl at the last complete pass
     ended: Status | None = None
+    settled_model: bool = False  # sent, or never to come
 
     @property
     def up_to_date(self) -> bool:
-        return self.ended is not None and self.ended == self.status
+        return self.ended is not None and self.ended == self.status and self.settled_model
 
 
 @dataclass
@@ -67,6 +68,7 @@ def sync_trial(store: Store, run: RunDir, place: Place | None = None, status: St
     `place` None is read off trial.json; `status` None off the files: result -> FINISHED, error -> FAILED, else KILLED.
     Raises `StoreError`.
     """
+    model.Maker().finish([run])
     _copy(store, place or place_of(run.path), _Trial(run, status or _status_of(run)), _Ids())
 
 
@@ -74,6 +76,7 @@ def sync_sweep(store: Store, folder: Path) -> int:
     """Bring the store up to date with a sweep's folder, the parent run included; the number of its trials."""
     _copy_parent(store, folder, _Ids())  # first: it knows when the sweep began
     runs = record.trial_dirs(folder)
+    model.Maker().finish(runs)
     for run in runs:
         sync_trial(store, run)
     return len(runs)
@@ -103,6 +106,7 @@ class Mirror:
         self._poll_s = poll_s
         self._trials: dict[Path, _Trial] = {}
         self._ids = _Ids()
+        self._maker = model.Maker()
         self._parent_done = sweep_dir is None
         self._lock = threading.Lock()
         self._wake = threading.Event()
@@ -134,10 +138,13 @@ class Mirror:
             self._wake.set()
         # One request may be under way when the patience ends; it has a limit of its own.
         self._thread.join(patience_s + 15.0)
+        self._maker.close()
         left = sum(not trial.up_to_date for trial in self._trials.values())
         if not left and self._parent_done:
             return None
-        return Leftover(left, self.trouble or "there was not enough time")
+        without_model = sum(trial.ended == "FINISHED" and not trial.settled_model for trial in self._trials.values())
+        reason = "their models are not made yet" if left == without_model else "there was not enough time"
+        return Leftover(left, self.trouble or reason)
 
     def _loop(self) -> None:
         pause_s = self._poll_s
@@ -150,10 +157,14 @@ class Mirror:
             except (StoreError, Damage) as error:
                 self.trouble = str(error)
                 pause_s = min(pause_s * 2, 30.0)
-            if closing is not None and (self.trouble is None or time.monotonic() > closing):
+            if closing is not None and (self._all_sent() or time.monotonic() > closing):
                 return
             self._wake.wait(min(pause_s, 1.0) if closing is not None else pause_s)
             self._wake.clear()
+
+    def _all_sent(self) -> bool:
+        ended = [trial for trial in self._trials.values() if trial.status is not None]
+        return self.trouble is None and all(trial.up_to_date for trial in ended)
 
     def _pass(self, *, final: bool) -> None:
         if self._sweep_dir is not None and self._ids.parent is None:
@@ -166,7 +177,8 @@ class Mirror:
                 _copy(self._store, self._place, trial, self._ids)
             except (OSError, ValueError, KeyError) as error:  # one damaged directory must not keep the others waiting
                 damage = Damage(f"{trial.run.path} cannot be read: {error!r}")
-        if final and self._sweep_dir is not None:
+        self._maker.work([trial.run for trial in trials if trial.ended == "FINISHED"])
+        if final and self._sweep_dir is not None and not self._parent_done:
             _copy_parent(self._store, self._sweep_dir, self._ids)
             self._parent_done = True
         if damage is not None:
@@ -176,7 +188,8 @@ class Mirror:
 def is_sent(store: Store, run: RunDir) -> bool:
     """Whether this store has been told the end of a finished trial; False for an sqlite store that is gone."""
     told = read_json(run.path / "mlflow.json") or {}
-    return not store.is_absent() and (told.get("store"), told.get("ended")) == (store.uri, "FINISHED")
+    there = (told.get("store"), told.get("ended"), told.get("model")) == (store.uri, "FINISHED", True)
+    return there and not store.is_absent()
 
 
 def _status_of(run: RunDir) -> Status:
@@ -191,7 +204,10 @@ def _copy(store: Store, place: Place, trial: _Trial, ids: _Ids) -> None:
     config = read_json(run.config_path)
     content = run.metrics_path.read_text(encoding="utf-8") if run.metrics_path.exists() else ""
     if config is None:  # it never began to write
-        trial.ended = status
+        trial.ended, trial.settled_model = status, True
+        return
+    if status is not None and trial.ended == status:
+        _copy_model(store, trial)
         return
     if status is None and len(content) == trial.size:
         return
@@ -208,8 +224,29 @@ def _copy(store: Store, place: Place, trial: _Trial, ids: _Ids) -> None:
         _finish(store, trial, config, records)
     elif trial.ended is None and trial.size == -1:
         store.set_status(run_id, "RUNNING")
-    trial.size, trial.ended = len(content), status
-    write_json(run.path / "mlflow.json", {"store": store.uri, "run_id": run_id, "sent": trial.sent, "ended": status})
+    trial.size, trial.ended, trial.settled_model = len(content), status, False
+    _copy_model(store, trial)
+    _note(store, trial)
+
+
+def _copy_model(store: Store, trial: _Trial) -> None:
+    """The MLflow model of a finished trial, once it is made: that takes a while, and nothing else waits for it."""
+    if trial.ended is None or trial.settled_model:
+        return
+    state = model.state(trial.run) if trial.ended == "FINISHED" else "none"
+    if state == "due":
+        return
+    if state == "ready":
+        store.log_folder(str(trial.run_id), trial.run.path / model.FOLDER, model.FOLDER)
+    elif state == "failed":
+        store.log(str(trial.run_id), tags={"harness.no_model": model.failure(trial.run)})
+    trial.settled_model = True
+    _note(store, trial)
+
+
+def _note(store: Store, trial: _Trial) -> None:
+    told = {"store": store.uri, "run_id": trial.run_id, "sent": trial.sent, "ended": trial.ended}
+    write_json(trial.run.path / "mlflow.json", told | {"model": trial.settled_model})
 
 
 def _open(store: Store, place: Place, trial: _Trial, span: tuple[int, int] | None, ids: _Ids) -> None:

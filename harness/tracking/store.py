@@ -24,6 +24,8 @@ from harness.tracking.record import (
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
+    from numpy.typing import NDArray
+    from torch import nn
 
 Status = Literal["RUNNING", "FINISHED", "FAILED", "KILLED"]
 BATCH = {"metrics": 1000, "params": 100, "tags": 100}
@@ -164,6 +166,11 @@ class Store:
             self.client.log_artifact(run, str(path), folder)
 
     @_translated
+    def log_folder(self, run: str, folder: Path, name: str) -> None:
+        """Upload a folder with all that is in it as the artifact folder `name`, replacing what was there."""
+        self.client.log_artifacts(run, str(folder), name)
+
+    @_translated
     def set_status(self, run: str, status: Status, end_ms: int | None = None) -> None:
         """Final status with its time, or back to RUNNING for a run that goes on."""
         if status == "RUNNING":
@@ -187,6 +194,32 @@ class Store:
                 token = page.token
                 if not token:
                     return rows
+
+
+def save_model(net: "nn.Module", example: "NDArray[Any]", folder: Path) -> None:
+    """Write `net` as an MLflow model with a signature, its graph in torch.export's format: no class is pickled.
+
+    `example`: (N, C, H, W) float32, N at least 2; the model takes any number of images of that size. It loads with
+    `mlflow.pytorch.load_model` and `mlflow.pyfunc.load_model`, without this project.
+    """
+    import mlflow.pytorch
+    import numpy as np
+    import torch
+    from mlflow.models import ModelSignature
+    from mlflow.types import Schema, TensorSpec
+
+    with torch.no_grad():
+        classes = net(torch.from_numpy(example)).shape[1]
+    inputs = TensorSpec(np.dtype(np.float32), (-1, *example.shape[1:]))  # with a name it would ask for a dictionary
+    outputs = TensorSpec(np.dtype(np.float32), (-1, classes))
+    mlflow.pytorch.save_model(
+        net,
+        str(folder),
+        input_example=example,
+        signature=ModelSignature(Schema([inputs]), Schema([outputs])),
+        serialization_format="pt2",
+        pip_requirements=[f"torch=={torch.__version__.partition('+')[0]}"],  # given, or MLflow loads it to find out
+    )
 
 
 @contextmanager

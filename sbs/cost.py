@@ -149,11 +149,10 @@ def _norm_tensors(net: nn.Module, graph: NetworkGraph) -> tuple[NormTensors, ...
 
     model = net.model if isinstance(net, SuperNet) else net
     group_of = {norm: i for i, g in enumerate(graph.groups) for norm in g.norms}
-    layers = {info.name for info in graph.layers}
     result = []
     for name, m in model.named_modules():
         own = [p for p in m.parameters(recurse=False) if p.dim() == 1]
-        if name in layers or not own:
+        if isinstance(m, nn.Conv2d | nn.Linear) or not own:
             continue
         running = [b for b in m.buffers(recurse=False) if b.dim() == 1]
         result.append(NormTensors(group_of.get(name), own[0].numel(), len(own), len(running)))

@@ -14,10 +14,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
-from torch.fx.passes.shape_prop import ShapeProp
 
 from sbs.errors import SbsError
-from sbs.layers import QuantConv2d, QuantLinear
+from sbs.tracing import SUPPORTED, check_conv, check_plain, trace, warn_of_idle_layers
 
 NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.SyncBatchNorm)
 _NONNEGATIVE = (nn.ReLU, nn.ReLU6, nn.Sigmoid, nn.Hardsigmoid)
@@ -84,11 +83,6 @@ class NetworkGraph:
         return next(layer for layer in self.layers if layer.name == name)
 
 
-class _Tracer(fx.Tracer):
-    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return isinstance(m, nn.Conv2d | nn.Linear) or super().is_leaf_module(m, module_qualified_name)
-
-
 def analyze(model: nn.Module, example_input: Tensor) -> NetworkGraph:
     """Trace `model` on `example_input` (N, C, H, W) and return its graph.
 
@@ -100,33 +94,12 @@ def analyze(model: nn.Module, example_input: Tensor) -> NetworkGraph:
     return _Analysis(model, example_input).result()
 
 
-def _trace(model: nn.Module, example_input: Tensor) -> fx.GraphModule:
-    training = {m: m.training for m in model.modules()}
-    model.eval()
-    try:
-        graph = _Tracer().trace(model)
-        traced = fx.GraphModule(model, graph)
-        with torch.no_grad():
-            ShapeProp(traced).propagate(example_input)
-    except SbsError:
-        raise
-    except Exception as error:
-        raise SbsError(
-            f"{type(model).__name__} cannot be traced with torch.fx on an input of shape {tuple(example_input.shape)}: "
-            f"{error}. The input must fit the network, and control flow that depends on values cannot be in forward()"
-        ) from error
-    finally:
-        for m, mode in training.items():
-            m.training = mode
-    return traced
-
-
 class _Analysis:
     """One walk over a traced graph; `result` is what is kept of it."""
 
     def __init__(self, model: nn.Module, example_input: Tensor) -> None:
         self.input_shape = tuple(example_input.shape[1:])
-        self.traced = _trace(model, example_input)
+        self.traced = trace(model, example_input)
         self.modules = dict(self.traced.named_modules())
         self.nodes = [n for n in self.traced.graph.nodes if self._is_tensor(n)]
         for node in self.nodes:
@@ -135,6 +108,7 @@ class _Analysis:
         self._check_calls()
         if not self.layer_nodes:
             raise SbsError(f"{type(model).__name__} has no Conv2d or Linear layer: there is nothing to compress")
+        warn_of_idle_layers(model, set(self.layer_nodes))
 
     @staticmethod
     def _is_tensor(node: fx.Node) -> bool:
@@ -161,14 +135,14 @@ class _Analysis:
         if m is None:
             known = _NONNEGATIVE_CALLS | _SIGNED_CALLS | _TRANSPARENT_CALLS | _ADDS | _MEANS | _SHAPE_CALLS
             if node.op != "placeholder" and self._call(node) not in known:
-                raise SbsError(f"operation {node.name!r} ({node.target}) is not supported: {_SUPPORTED}")
+                raise SbsError(f"operation {node.name!r} ({node.target}) is not supported: {SUPPORTED}")
             return
         if not isinstance(m, (nn.Conv2d, nn.Linear, *NORMS, *_NONNEGATIVE, *_SIGNED, *_TRANSPARENT, *_MIXING)):
-            raise SbsError(f"module {node.target!r} ({type(m).__name__}) is not supported: {_SUPPORTED}")
+            raise SbsError(f"module {node.target!r} ({type(m).__name__}) is not supported: {SUPPORTED}")
         if isinstance(m, nn.Conv2d | nn.Linear):
-            _check_plain(str(node.target), m)
+            check_plain(str(node.target), m)
         if isinstance(m, nn.Conv2d):
-            _check_conv(str(node.target), m)
+            check_conv(str(node.target), m)
         if isinstance(m, nn.Linear) and len(self._shape(self._inputs(node)[0])) != 2:
             shape = self._shape(self._inputs(node)[0])
             raise SbsError(
@@ -328,36 +302,12 @@ class _Found:
         self.consumers: dict[str, int] = {}
 
 
-_SUPPORTED = (
-    "networks are made of Conv2d, Linear, batch or group norm, element-wise activations, pooling, dropout, "
-    "flatten and addition. Replace it, or keep that part outside the compressed network"
-)
-
-
 def _is_spatial_mean(node: fx.Node) -> bool:
     """Whether a mean of an (N, C, H, W) tensor runs over H and W alone."""
     dims = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim")
     dims = dims if isinstance(dims, tuple | list) else (dims,)
     before = node.all_input_nodes[0].meta.get("tensor_meta")
     return before is not None and len(before.shape) == 4 and all(d in {2, 3, -1, -2} for d in dims)
-
-
-def _check_plain(name: str, m: nn.Conv2d | nn.Linear) -> None:
-    """Refuse what replacing the module would lose: a forward() of its own, a reparametrised weight."""
-    plain = (nn.Conv2d.forward, nn.Linear.forward, QuantConv2d.forward, QuantLinear.forward)
-    if type(m).forward not in plain:
-        raise SbsError(f"module {name!r} ({type(m).__name__}) has a forward() of its own: use a plain Conv2d or Linear")
-    if "weight" not in m._parameters:  # noqa: SLF001  a parametrisation hides it there
-        raise SbsError(
-            f"module {name!r} ({type(m).__name__}) computes its weight (weight_norm or the like): remove that"
-        )
-
-
-def _check_conv(name: str, m: nn.Conv2d) -> None:
-    if m.padding_mode != "zeros":
-        raise SbsError(f"module {name!r} (Conv2d) pads with {m.padding_mode!r}: only zero padding is supported")
-    if isinstance(m.padding, str):
-        raise SbsError(f"module {name!r} (Conv2d) has padding={m.padding!r}: give the number of pixels instead")
 
 
 def _sizes(m: nn.Module, shape: tuple[int, ...]) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from tests.numerics import networks, states
 from tests.numerics.chain_networks import CHAINS
 
 SIZE = 8
+pytestmark = pytest.mark.filterwarnings("ignore:Body does not call 'b'")
 
 
 @pytest.mark.parametrize("kind", CHAINS)

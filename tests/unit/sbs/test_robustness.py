@@ -37,6 +37,38 @@ def test_a_name_or_a_constant_does_not_hide_a_sign(kind: type[nn.Module]):
     assert analyze(kind(), _image()).layer("conv_b").signed
 
 
+class Auxiliary(Leaky):
+    """Has a head that only training calls."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.aux = nn.Sequential(nn.Flatten(), nn.Linear(8 * 6 * 6, 5))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.training:
+            return super().forward(x) + self.aux(self.conv_a(x))
+        return super().forward(x)
+
+
+def test_a_layer_that_evaluation_does_not_call_is_named_left_alone_and_not_counted():
+    with pytest.warns(UserWarning, match=r"Auxiliary does not call 'aux\.1' in evaluation.*not counted"):
+        net = sbs.prepare(Auxiliary(), sbs.SearchSpace(), _image())
+    assert type(net.model.aux[1]) is nn.Linear
+    with pytest.warns(UserWarning, match="'aux"):
+        report = sbs.cost(Auxiliary(), (3, 8, 8))
+    assert report.params == sbs.cost(Leaky(), (3, 8, 8)).params
+    sbs.calibrate(net, [_image()])
+    net.train()(_image()).sum().backward()
+    assert net.model.aux[1].weight.grad is not None
+    assert torch.equal(net.eval()(_image()), sbs.compress(net, sbs.freeze(net)).eval()(_image()))
+
+
+@pytest.mark.filterwarnings("error")
+def test_networks_whose_layers_are_all_called_give_no_warning():
+    analyze(Leaky(), _image())
+    sbs.prepare(sbs.models.build("mobilenetv2_cifar", 10), sbs.SearchSpace(), torch.zeros(1, 3, 32, 32))
+
+
 class OwnForward(nn.Conv2d):
     """A convolution that does more than convolve."""
 

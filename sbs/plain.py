@@ -1,6 +1,7 @@
 """A compressed network in ordinary torch operations alone: what `torch.export` and other graph tools can follow."""
 
 import copy
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -40,7 +41,7 @@ class PlainLayer(nn.Module):
         self.register_buffer("weight_unit", unit.clone())
         self.register_buffer("activation_scale", layer.activation_clip.detach().clone())
         self.register_buffer("bias", None if layer.bias is None else layer.bias.detach().clone())
-        self.convolution = None
+        self.convolution: tuple[Any, ...] | None = None
         if isinstance(layer, nn.Conv2d):
             self.convolution = (layer.stride, layer.padding, layer.dilation, layer.groups)
 
@@ -52,10 +53,7 @@ class PlainLayer(nn.Module):
         unit = x.new_ones(())
         if self.activation_levels is not None:
             x, unit = self._codes(x, self.activation_levels), self.activation_scale / self.activation_levels
-        if self.convolution is None:
-            y = x @ weight.t()
-        else:
-            y = torch.conv2d(x, weight, None, *self.convolution)  # type: ignore[arg-type]
+        y = x @ weight.t() if self.convolution is None else torch.conv2d(x, weight, None, *self.convolution)
         y = y * (unit * self.weight_unit)
         return y if self.bias is None else y + self.bias.view(1, -1, *[1] * (y.dim() - 2))
 

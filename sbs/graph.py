@@ -200,11 +200,26 @@ class _Analysis:
         parametric = m is not None and any(True for _ in m.parameters())
         return not parametric and all(self._from_image(n) for n in self._inputs(node))
 
-    def _reaches_output(self, node: fx.Node) -> bool:
+    def _is_last(self, node: fx.Node) -> bool:
+        """Whether a layer ends a path: its output is a result itself, or a summand of one that no other layer reads.
+
+        Every block of a residual network without a classifier adds to the result; only the last one is an end.
+        """
+        if self._reaches_output(node, through_sums=False):
+            return True
+        return self._reaches_output(node, through_sums=True) and not self._feeds_a_layer(node)
+
+    def _reaches_output(self, node: fx.Node, *, through_sums: bool) -> bool:
         for user in node.users:
-            if user.op == "output" or (not self._is_layer(user) and self._reaches_output(user)):
+            if user.op == "output":
+                return True
+            barrier = self._is_layer(user) or (not through_sums and len(self._inputs(user)) > 1)
+            if not barrier and self._reaches_output(user, through_sums=through_sums):
                 return True
         return False
+
+    def _feeds_a_layer(self, node: fx.Node) -> bool:
+        return any(self._is_tensor(u) and (self._is_layer(u) or self._feeds_a_layer(u)) for u in node.users)
 
     # -- channel groups
 
@@ -283,7 +298,7 @@ class _Analysis:
                     **_sizes(m, self._shape(node)),
                     signed=not self._nonnegative(before),
                     image=image,
-                    edge=image or self._reaches_output(node),
+                    edge=image or self._is_last(node),
                     source=group,
                     repeat=repeat,
                     group=member.get(name),

@@ -140,3 +140,55 @@ def test_every_consumer_of_a_possibly_negative_value_is_signed():
         net = sbs.prepare(model, sbs.SearchSpace(), torch.zeros(2, 3, SIZE, SIZE))
         assert net.graph.layer("b").signed is signed, case
         assert net.graph.layer("a").signed, "an image has negative values"
+
+
+class Headless(nn.Module):
+    """Three residual blocks, the second with a projection; each test ends it in its own way."""
+
+    def __init__(self, end: Callable[[Headless, Tensor], Tensor | tuple[Tensor, ...]], **modules: nn.Module):
+        super().__init__()
+        self.end = end
+        self.stem = nn.Conv2d(3, 8, 3, padding=1)
+        for i in range(3):
+            self.add_module(f"a{i}", nn.Conv2d(8, 8, 3, padding=1))
+            self.add_module(f"b{i}", nn.Conv2d(8, 8, 3, padding=1))
+        self.short = nn.Conv2d(8, 8, 1)
+        for name, module in modules.items():
+            self.add_module(name, module)
+
+    def forward(self, x: Tensor) -> Tensor | tuple[Tensor, ...]:
+        x = F.relu(self.stem(x))
+        x = F.relu(x + self.b0(F.relu(self.a0(x))))
+        x = F.relu(self.short(x) + self.b1(F.relu(self.a1(x))))
+        x = F.relu(x + self.b2(F.relu(self.a2(x))))
+        return self.end(self, x)
+
+
+ENDS = {
+    "maps": (Headless(lambda s, x: x), {"b2"}),
+    "pooled": (Headless(lambda s, x: x.mean((2, 3))), {"b2"}),
+    "projection at the end": (
+        Headless(lambda s, x: F.relu(s.c(x) + s.d(x)), c=nn.Conv2d(8, 8, 1), d=nn.Conv2d(8, 8, 3, padding=1)),
+        {"c", "d"},
+    ),
+    "classifier": (Headless(lambda s, x: s.fc(x.mean((2, 3))), fc=nn.Linear(8, 5)), {"fc"}),
+    "two heads": (
+        Headless(lambda s, x: (s.c(x), s.fc(x.mean((2, 3)))), c=nn.Conv2d(8, 8, 1), fc=nn.Linear(8, 5)),
+        {"c", "fc"},
+    ),
+    "a head that another one reads": (
+        Headless(lambda s, x: (y := s.c(x), s.d(F.relu(y))), c=nn.Conv2d(8, 8, 1), d=nn.Conv2d(8, 8, 1)),
+        {"c", "d"},
+    ),
+    "plus a constant": (Headless(lambda s, x: s.c(x) + 1.0, c=nn.Conv2d(8, 8, 1)), {"c"}),
+}
+
+
+@pytest.mark.parametrize("case", ENDS)
+def test_last_are_the_layers_that_end_a_path_not_all_that_add_to_the_result(case):
+    """By hand: in a residual network without a classifier every block adds to the result, one ends it."""
+    model, last = ENDS[case]
+    net = sbs.prepare(model, sbs.SearchSpace(), torch.zeros(2, 3, SIZE, SIZE))
+    assert {layer.name for layer in net.graph.layers if layer.edge} == {"stem"} | last
+    assert set(net.searched) == {layer.name for layer in net.graph.layers} - {"stem"} - last
+    assert not {g.root for g in net.graph.groups} & last  # channels that reach the result are never pruned

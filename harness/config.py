@@ -110,10 +110,17 @@ class TrainConfig(Section):
 
 
 class SearchConfig(TrainConfig):
-    """The search stage and the method; thresholds are dimensionless and have learning rates of their own."""
+    """The search stage and the method; thresholds are dimensionless and have learning rates of their own.
+
+    What drives the search is one of `lambda`, `budget` (share of full precision's BOPs) and `gbops`. `snapshots`:
+    falling budgets whose networks all come from one search; `budget` says which of them is wanted (else the last).
+    """
 
     method: Method = "sbs"
     lambda_: Annotated[float | None, Field(ge=0.0, alias="lambda")] = None
+    budget: Annotated[float | None, Field(gt=0.0, le=1.0)] = None
+    gbops: Positive | None = None
+    snapshots: tuple[Annotated[float, Field(gt=0.0, le=1.0)], ...] = ()
     bit_threshold_lr: NonNegative = 0.01
     prune_threshold_lr: NonNegative = 0.01
     weight_bits: tuple[Count, ...] = (2, 4, 8)
@@ -130,9 +137,26 @@ class SearchConfig(TrainConfig):
             check_nesting(name, getattr(self, name))
         if self.ema_decay is not None:
             raise ValueError("`ema_decay` is for pretrain and finetune: the gates of a search decide on live weights")
-        if self.lambda_ is None and uses_lambda(self.method):
-            raise ValueError(f"`lambda` is missing: method {self.method!r} searches under its pressure (0 exerts none)")
+        if searches(self.method):
+            self._check_drive()
         return self
+
+    def _check_drive(self) -> None:
+        given = {"lambda": self.lambda_, "gbops": self.gbops, "budget": self.budget or self.snapshots or None}
+        named = [name for name, value in given.items() if value is not None]
+        if not named:
+            raise ValueError(
+                f"`lambda` is missing: method {self.method!r} searches under its pressure (0 exerts none); or give a "
+                "`budget` (share of full precision's BOPs) or `gbops`"
+            )
+        if len(named) > 1:
+            raise ValueError(f"{' and '.join(named)} exclude one another: each says what drives the search; keep one")
+        if named != ["lambda"] and self.method == "prune_then_quant":
+            raise ValueError(f"{named[0]} is for methods with one search; give prune_then_quant a `lambda`")
+        if any(left <= right for left, right in pairwise(self.snapshots)):
+            raise ValueError(f"snapshots = {list(self.snapshots)} must fall, e.g. [0.10, 0.05, 0.03]")
+        if self.snapshots and self.budget is not None and self.budget not in self.snapshots:
+            raise ValueError(f"budget = {self.budget:g} is none of snapshots = {list(self.snapshots)}: choose one")
 
 
 def check_nesting(name: str, bits: Sequence[int]) -> None:
@@ -256,12 +280,23 @@ def load_recipe(name_or_path: str | Path, overrides: Sequence[str] = ()) -> Reci
 def parse_recipe(tree: Mapping[str, Any], origin: str, overrides: Sequence[str] = ()) -> Recipe:
     """Validate plain data as a recipe; `origin` is what messages call its source."""
     merged: dict[str, Any] = {key: dict(value) if isinstance(value, Mapping) else value for key, value in tree.items()}
+    _drop_other_drives(merged.get("search"), overrides)
     for override in overrides:
         apply_override(merged, override)
     try:
         return Recipe.model_validate(merged)
     except ValidationError as error:
         raise UserError(explain(error, Recipe, origin)) from None
+
+
+def _drop_other_drives(search: Any, overrides: Sequence[str]) -> None:
+    """An override of what drives a search replaces what the recipe says: TOML has no null to unset it with."""
+    keys = {override.partition("=")[0].strip() for override in overrides}
+    groups: tuple[set[str], ...] = ({"lambda"}, {"gbops"}, {"budget", "snapshots"})
+    chosen = [group for group in groups if keys & {f"search.{key}" for key in group}]
+    if isinstance(search, dict) and chosen:
+        for key in set().union(*groups) - set().union(*chosen):
+            search.pop(key, None)
 
 
 def _recipe_text(name_or_path: str) -> tuple[str, str]:
@@ -318,12 +353,21 @@ def digest(tree: Any) -> str:
 def trial_label(recipe: Recipe) -> str:
     """A short name for people and folders, e.g. `resnet20-sbs-lambda0.3-seed0`."""
     method = recipe.search.method
-    pressure = f"-lambda{recipe.search.lambda_:g}" if uses_lambda(method) else ""
-    return f"{recipe.model.name}-{method}{pressure}-seed{recipe.run.seed}"
+    drive = f"-{drive_label(recipe.search)}" if searches(method) else ""
+    return f"{recipe.model.name}-{method}{drive}-seed{recipe.run.seed}"
 
 
-def uses_lambda(method: str) -> bool:
-    """Whether a method searches under the pressure of lambda."""
+def drive_label(search: SearchConfig) -> str:
+    """What drives a search, in a word: `lambda0.3`, `budget0.05`, `gbops35`; snapshots are told from lone budgets."""
+    if search.lambda_ is not None:
+        return f"lambda{search.lambda_:g}"
+    if search.gbops is not None:
+        return f"gbops{search.gbops:g}"
+    return f"{'snapshot' if search.snapshots else 'budget'}{search.budget or search.snapshots[-1]:g}"
+
+
+def searches(method: str) -> bool:
+    """Whether a method searches, under the pressure of lambda or towards a budget."""
     return not (method == "full_precision" or method.startswith("uniform_"))
 
 

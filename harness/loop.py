@@ -114,8 +114,8 @@ class StageLoop:
         images, top1, _, loss, penalty = self.ranks.sum(self._sums).tolist()
         metrics = {f"{stage}/loss": loss / images, f"{stage}/train_top1": 100 * top1 / images}
         metrics |= scores.named(stage) | self._telemetry() | {f"{stage}/lr": self.stepper.lr}
-        if self.job.penalty is not None:
-            metrics[f"{stage}/penalty"] = penalty / images
+        if self.job.pressure is not None:
+            metrics |= {f"{stage}/penalty": penalty / images} | self.job.pressure.figures()
         metrics |= speed
         self._sums.zero_()
         self.at = Position(self.at.epoch + 1, 0, self.at.step)

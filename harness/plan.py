@@ -1,6 +1,6 @@
 """What a method's trial consists of: its stages, how each trains, and what each one's outcome depends on. Pure."""
 
-from harness.config import Recipe, SearchConfig, TrainConfig, digest, identity
+from harness.config import Recipe, SearchConfig, TrainConfig, digest, identity, searches
 
 
 def plan(recipe: Recipe) -> tuple[str, ...]:
@@ -35,6 +35,9 @@ def stage_key(recipe: Recipe, stage: str, data_checksum: str, init: str | None =
     needed = {"model", "data", "run", "stage_format"} | ({"pretrain"} if init is None else set())
     if stage != "pretrain":
         needed.add("search")
+    if stage == "search" and recipe.search.snapshots:
+        # one search for all of its budgets
+        tree["search"] = tree["search"] | {"budget": None}
     if stage == "finetune":
         needed.add("finetune")
     return digest({"stage": stage, "init": init} | {key: tree[key] for key in needed})
@@ -42,11 +45,29 @@ def stage_key(recipe: Recipe, stage: str, data_checksum: str, init: str | None =
 
 def idle_gates(search: SearchConfig, step: int, steps: int, figures: dict[str, float]) -> str | None:
     """A warning when pressure has moved no gate by the middle of a search."""
-    if figures["gates/flips"] or not search.lambda_ or 2 * step < steps:
+    if figures["gates/flips"] or search.lambda_ == 0 or 2 * step < steps:
         return None
+    drive = "the epochs" if search.lambda_ is None else f"search.lambda (now {search.lambda_:g})"
     nearest = min(value for name, value in figures.items() if name.startswith("gates/margin_"))
     return (
         f"no gate has moved after {step} of {steps} steps (nearest threshold margin {nearest:.3g}): "
-        f"raise search.lambda (now {search.lambda_:g}) or search.bit_threshold_lr / search.prune_threshold_lr "
+        f"raise {drive} or search.bit_threshold_lr / search.prune_threshold_lr "
         f"(now {search.bit_threshold_lr:g} / {search.prune_threshold_lr:g})"
     )
+
+
+def takes_budget(search: SearchConfig) -> bool:
+    """Whether a search is driven by budgets instead of a lambda."""
+    return search.lambda_ is None and searches(search.method)
+
+
+def budgets(search: SearchConfig, full_bops: float) -> tuple[float, ...]:
+    """The budgets of a search as falling shares of full precision's BOPs."""
+    if search.snapshots:
+        return search.snapshots
+    return ((search.gbops * 1e9 / full_bops) if search.gbops is not None else (search.budget or 1.0),)
+
+
+def chosen_budget(search: SearchConfig) -> float | None:
+    """Which of the snapshots a trial is about; None for the one that the search ends with."""
+    return search.budget if search.budget in search.snapshots[:-1] else None

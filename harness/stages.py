@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import nn
@@ -24,7 +24,8 @@ from harness.context import REAL_DATA, Context, Data, Report
 from harness.errors import is_user_error
 from harness.loop import StageLoop
 from harness.networks import as_document, compressed, example_input, full_precision, merged, search_space, supernet
-from harness.plan import idle_gates, plan, stage_config, stage_key
+from harness.plan import chosen_budget, idle_gates, plan, stage_config, stage_key
+from harness.pressure import Pressure, check_budgets, pressure_of
 from harness.provenance import record_start
 from harness.ranks import arithmetic, joined
 from harness.result import build_result
@@ -36,13 +37,17 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a finished stage leaves: weights, the policy as a document, steps so far, seconds of each stage so far."""
+    """What a finished stage leaves: weights, the policy as a document, steps so far, seconds of each stage so far.
+
+    `snapshots`: a search's networks at the budgets that it passed, by budget.
+    """
 
     net: State
     policy: dict[str, Any] | None = None
     step: int = 0
     seq: int = 0
     timings_s: dict[str, float] = field(default_factory=dict)
+    snapshots: dict[str, State] = field(default_factory=dict)
 
 
 def run(
@@ -102,6 +107,7 @@ class _Trial:
     def run(self) -> dict[str, Any]:
         context, stages = self.context, plan(self.recipe)
         search_space(self.recipe)  # what it refuses should not wait for the end of the pretraining
+        check_budgets(self.recipe)
         outcome, done = self._last_outcome(stages)
         configs = [stage_config(self.recipe, stage) for stage in stages[self.given is not None :]]
         context.total_steps = context.steps_per_epoch() * sum(config.epochs for config in configs if config)
@@ -175,24 +181,23 @@ class _Trial:
         return self._train_supernet("search", net, before)
 
     def _train_supernet(self, stage: str, net: sbs.SuperNet, before: Outcome) -> Outcome:
-        search = self.recipe.search
         self._to_device(net)
-        pressure = search.lambda_ or 0.0
-
-        def penalty(step: int) -> torch.Tensor:
-            sides: tuple[Literal["weights", "activations"], ...] = ("weights", "activations")
-            gradient = "joint" if search.bop_gradient == "joint" else sides[step % 2]
-            return pressure * sbs.bop_penalty(net, gradient=gradient)
-
+        config = stage_config(self.recipe, stage)
+        assert config is not None
+        steps = config.epochs * self.context.steps_per_epoch()
+        pressure = pressure_of(net, self.recipe, steps, self.ranks, partial(self._note, step=before.step + steps))
         return self._train(
             stage,
             net,
             before,
             prepare=lambda: sbs.calibrate(net, self._calibration()),
-            penalty=penalty,
+            pressure=pressure,
             telemetry=lambda: sbs.telemetry(net),
             remark=partial(idle_gates, self.recipe.search),
         )
+
+    def _note(self, text: str, step: int) -> None:
+        self.context.record("event", 0, step, message=text)
 
     def _compress(self, before: Outcome) -> Outcome:
         begin_s = time.monotonic()
@@ -206,7 +211,9 @@ class _Trial:
             sbs.calibrate(net, self._calibration())
         else:
             base = replace(before, net={})
-            searched = supernet(self.recipe, self._saved_net(base), weights=before.net)
+            budget = chosen_budget(self.recipe.search)
+            weights = before.net if budget is None else before.snapshots[str(budget)]
+            searched = supernet(self.recipe, self._saved_net(base), weights=weights)
             policy = sbs.freeze(searched)
             net = self._to_device(sbs.compress(searched, policy))
             if before.policy is not None:
@@ -245,7 +252,7 @@ class _Trial:
         before: Outcome,
         *,
         prepare: Callable[[], None] | None = None,
-        penalty: Callable[[int], torch.Tensor] | None = None,
+        pressure: Pressure | None = None,
         telemetry: Callable[[], dict[str, float]] = dict,
         remark: Callable[[int, int, dict[str, float]], str | None] = no_remark,
     ) -> Outcome:
@@ -256,13 +263,14 @@ class _Trial:
         if state is None and prepare is not None:
             prepare()
         teacher = self._teacher() if config.distill else None
-        job = Job(stage, key, net, config, before.step, penalty, teacher, telemetry, before.policy, remark)
+        job = Job(stage, key, net, config, before.step, pressure, teacher, telemetry, before.policy, remark)
         loop = StageLoop(job, self.context, state)
         loop.run()
+        snapshots = {} if pressure is None else pressure.finish()
         seq = 0 if self.context.log is None else self.context.log.last_seq
         weights = to_cpu(loop.stepper.weights().state_dict())
         timings = before.timings_s | {stage: loop.elapsed_s()}
-        return Outcome(weights, before.policy, before.step + loop.at.step, seq, timings)
+        return Outcome(weights, before.policy, before.step + loop.at.step, seq, timings, snapshots)
 
     # Networks -----------------------------------------------------------------------------------------------------
 

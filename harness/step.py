@@ -16,6 +16,7 @@ from harness.checkpoint import State
 from harness.config import Recipe, TrainConfig
 from harness.metrics import score_sums
 from harness.optim import averaged, build_optimizer, lr_factor, set_lr
+from harness.pressure import Pressure
 from harness.ranks import Ranks, autocast, norm_statistics, seed_step, set_norm_statistics
 from sbs.layers import QuantizedLayer
 
@@ -27,7 +28,7 @@ def no_remark(step: int, steps: int, figures: dict[str, float]) -> str | None:  
 
 @dataclass(frozen=True)
 class Job:
-    """What one stage trains: `penalty(step)` is added to the loss, `teacher` is imitated, `telemetry` is recorded.
+    """What one stage trains: `pressure` adds to the loss, `teacher` is imitated, `telemetry` is recorded.
 
     `key` is the identity of the stage; `start_step` counts the steps of the stages before; `policy` describes `net` if
     it is compressed; `remark(step, steps, figures)` may find something to warn of after an epoch.
@@ -38,7 +39,7 @@ class Job:
     net: nn.Module
     config: TrainConfig
     start_step: int
-    penalty: Callable[[int], torch.Tensor] | None = None
+    pressure: Pressure | None = None
     teacher: nn.Module | None = None
     telemetry: Callable[[], dict[str, float]] = dict
     policy: dict[str, Any] | None = None
@@ -87,7 +88,7 @@ class Stepper:
         for index, (part, part_labels) in enumerate(parts):
             last = index == len(parts) - 1
             with nullcontext() if last or self._ddp is None else self._ddp.no_sync():
-                penalty = self.job.penalty(number) if last and self.job.penalty is not None else None
+                penalty = self.job.pressure.penalty(number) if last and self.job.pressure is not None else None
                 logits, loss = self._backward(part, part_labels, len(parts), penalty)
             sums[:4] += score_sums(logits, part_labels)
             losses += loss
@@ -127,6 +128,8 @@ class Stepper:
         self._scaler.update()
         self._optimizer.zero_grad(set_to_none=True)
         sbs.after_step(net)
+        if self.job.pressure is not None:
+            self.job.pressure.stepped()
         if self._ema is not None:
             self._ema.update_parameters(net)
 
@@ -143,6 +146,7 @@ class Stepper:
             "optimizer": self._optimizer.state_dict(),
             "scaler": self._scaler.state_dict(),
             "ema": None if self._ema is None else self._ema.state_dict(),
+            "pressure": None if self.job.pressure is None else self.job.pressure.state(),
             "norms": [self._ranks.gather(norm_statistics(net)) for net in self._nets()],
         }
 
@@ -150,6 +154,8 @@ class Stepper:
         self.job.net.load_state_dict(state["net"])
         self._optimizer.load_state_dict(state["optimizer"])
         self._scaler.load_state_dict(state["scaler"])
+        if self.job.pressure is not None:
+            self.job.pressure.restore(state["pressure"])
         if self._ema is not None:
             self._ema.load_state_dict(state["ema"])
         for net, statistics in zip(self._nets(), state["norms"], strict=True):

@@ -7,6 +7,7 @@ from sbs.cost import CostReport, LayerCost, cost
 from sbs.errors import SbsError
 from sbs.export import export, load_exported
 from sbs.kernels import use_compiled
+from sbs.landing import Landing, bops_range, land
 from sbs.objective import after_step, bop_penalty, param_groups, telemetry
 from sbs.policy import LayerPolicy, Policy
 from sbs.space import SearchSpace
@@ -14,6 +15,7 @@ from sbs.supernet import SuperNet, prepare
 
 __all__ = [
     "CostReport",
+    "Landing",
     "LayerCost",
     "LayerPolicy",
     "Policy",
@@ -22,11 +24,13 @@ __all__ = [
     "SuperNet",
     "after_step",
     "bop_penalty",
+    "bops_range",
     "calibrate",
     "compress",
     "cost",
     "export",
     "freeze",
+    "land",
     "load_exported",
     "models",
     "param_groups",

@@ -5,7 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from harness.config import Recipe, TrialSpec, trial_key, trial_label, uses_lambda
+from harness.config import Recipe, TrialSpec, searches, trial_key, trial_label
+from harness.plan import chosen_budget
 from harness.run_dir import RunDir, read_json
 from harness.tracking.record import trial_dirs
 from sweeps.space import Point, Space, recipe_at
@@ -14,17 +15,25 @@ PRUNED = "pruned.json"
 """The scheduler stopped the trial: it will not go on unless this file is deleted or the scheduler becomes fifo."""
 
 
+NO_DRIVE: dict[str, Any] = {"lambda_": None, "budget": None, "gbops": None, "snapshots": ()}
+"""What a method without a search has none of."""
+
+
 @dataclass(frozen=True)
 class Plan:
-    """The trials of a sweep in two waves: full-precision networks, then everything that starts from their weights."""
+    """The trials of a sweep in waves: full-precision networks, what starts from their weights, then snapshots.
+
+    `last`: the trials about the snapshots of a search but its last one, whose trial is in `rest` and runs the search.
+    """
 
     first: tuple[TrialSpec, ...]
     rest: tuple[TrialSpec, ...]
+    last: tuple[TrialSpec, ...] = ()
 
     @property
     def trials(self) -> tuple[TrialSpec, ...]:
-        """Both waves."""
-        return self.first + self.rest
+        """All waves."""
+        return self.first + self.rest + self.last
 
 
 @dataclass(frozen=True)
@@ -66,17 +75,19 @@ class Planner:
         """Trials for these points, with every method and seed, each identity once."""
         first: dict[str, TrialSpec] = {}
         rest: dict[str, TrialSpec] = {}
+        last: dict[str, TrialSpec] = {}
         for recipe, point in self._recipes(points):
             full = self.full_precision(recipe)
             first.setdefault(full.key, full)
             if recipe.search.method != "full_precision":
                 spec = self._spec(recipe, point, init=str(RunDir(full.run_dir).weights_path))
-                rest.setdefault(spec.key, spec)
-        return Plan(tuple(first.values()), tuple(rest.values()))
+                wave = rest if chosen_budget(recipe.search) is None else last
+                wave.setdefault(spec.key, spec)
+        return Plan(tuple(first.values()), tuple(rest.values()), tuple(last.values()))
 
     def full_precision(self, recipe: Recipe) -> TrialSpec:
         """The trial whose weights a trial of `recipe` starts from."""
-        search = recipe.search.model_copy(update={"method": "full_precision", "lambda_": None})
+        search = recipe.search.model_copy(update={"method": "full_precision"} | NO_DRIVE)
         return self._spec(recipe.model_copy(update={"search": search}), {}, init=None)
 
     def _recipes(self, points: Iterable[Point]) -> Iterator[tuple[Recipe, Point]]:
@@ -84,16 +95,20 @@ class Planner:
             for method in self.space.methods:
                 for seed in self.space.seeds:
                     recipe = recipe_at(self.base, self.space, point, method=method, seed=seed)
-                    if not uses_lambda(method):
-                        search = recipe.search.model_copy(update={"lambda_": None})
+                    if not searches(method):
+                        search = recipe.search.model_copy(update=NO_DRIVE)
                         recipe = recipe.model_copy(update={"search": search})
-                    yield recipe, point
+                    for budget in (recipe.search.snapshots if recipe.search.budget is None else ()) or (None,):
+                        change = {} if budget is None else {"budget": budget}
+                        yield recipe.model_copy(update={"search": recipe.search.model_copy(update=change)}), point
 
     def _spec(self, recipe: Recipe, point: Point, *, init: str | None) -> TrialSpec:
         recipe = with_absolute_paths(recipe)
         key = trial_key(recipe, self.checksum)
         label = trial_label(recipe) + _suffix(point)
-        return TrialSpec(recipe=recipe, key=key, label=label, run_dir=str(self._run_dir(key, label)), init=init)
+        run_dir = self._run_dir(key, label)
+        shared = str(self.folder / "stages") if recipe.search.snapshots else None
+        return TrialSpec(recipe=recipe, key=key, label=label, run_dir=str(run_dir), init=init, stage_cache=shared)
 
     def _run_dir(self, key: str, label: str) -> Path:
         """The trial's folder: the one it had before, whatever its label was then, or a new one."""
@@ -130,8 +145,8 @@ def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def _suffix(point: Mapping[str, Any]) -> str:
-    """What the label has to add so that people can tell points apart: axes other than lambda and the model."""
-    named = {"search.lambda", "model.name", "model.num_classes"}
+    """What a label adds so that people can tell points apart: axes other than the model and what drives the search."""
+    named = {"search.lambda", "search.budget", "search.gbops", "search.snapshots", "model.name", "model.num_classes"}
     parts = [f"{key.rpartition('.')[2]}{_compact(value)}" for key, value in point.items() if key not in named]
     return "".join(f"-{part}" for part in parts)
 

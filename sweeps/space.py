@@ -140,6 +140,8 @@ class Space(Section):
                 raise ValueError(f"optuna varies search.* and finetune.* only (one full-precision network), not {key}")
         if self.scheduler.name != "fifo":
             raise ValueError("optuna needs the final BOPs of every trial: use scheduler.name = 'fifo'")
+        if "search.snapshots" in {*self.axes, *self.set}:
+            raise ValueError("optuna asks for one network at a time: give search.budget, not search.snapshots")
 
     def points(self) -> Iterator[Point]:
         """Every combination of the axes (grid) or `samples` draws (random); none for optuna, which asks as it goes."""

@@ -1,4 +1,4 @@
-"""The part of a sweep that needs Ray: full precision first, then what starts from its weights."""
+"""The part of a sweep that needs Ray: full precision first, what starts from its weights, then snapshots."""
 
 import time
 from collections.abc import Iterator, Sequence
@@ -83,8 +83,11 @@ class Waves:
             return
         if space.search.algorithm == "optuna":
             self._search(settings)
-        elif rest := self._startable(unfinished(plan.rest, space)):
-            run_wave(rest, settings, prune=True)
+            return
+        for wave in (plan.rest, plan.last):
+            specs = self._startable(unfinished(wave, space))
+            if specs and self._stop.signal is None:
+                run_wave(specs, settings, prune=True)
 
     def _search(self, settings: TuneSettings) -> None:
         """The points that an earlier driver left unfinished, then new ones, up to the number of samples."""

@@ -1,0 +1,159 @@
+"""Landing on a BOP budget (ours): the gates nearest to their thresholds move until the policy costs what it should."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from sbs.errors import SbsError
+from sbs.gates import effective_bits, selected
+from sbs.supernet import SuperNet
+
+Gates = dict[str, Tensor]
+"""Open gates (zeros and ones, float64, on the CPU) by bank: weight_gates, activation_gates, channel_gates."""
+
+_BANKS = ("weight_gates", "activation_gates", "channel_gates")
+
+
+@dataclass(frozen=True)
+class Landing:
+    """Gates that cost `bops`, and how many of them had to `move`; `state` goes over the network's state dict."""
+
+    bops: float
+    moved: int
+    state: dict[str, Tensor]
+
+
+def bops_range(net: SuperNet) -> tuple[float, float]:
+    """BOPs of the cheapest and of the dearest policy in the space of `net` (convention mac_product)."""
+    gates = _gates_of(net)
+    dearest = {name: torch.ones_like(gate) for name, gate in gates.items()}
+    cheapest = {name: torch.zeros_like(gate) for name, gate in gates.items()}
+    closable = _closable(net, dearest["channel_gates"])
+    cheapest["channel_gates"] = dearest["channel_gates"].clone()
+    for start, stop in net.group_slices:
+        # the largest groups first: the last one of a layer may be short
+        order = net.macs.sizes[start:stop].cpu().argsort(descending=True, stable=True)
+        cheapest["channel_gates"][start + order[: closable[start]]] = 0.0
+    return _bops(net, cheapest), _bops(net, dearest)
+
+
+def land(net: SuperNet, bops: float, tolerance: float = 0.03) -> Landing:
+    """The gates of `net`, moved as little as it takes to cost between (1 - tolerance) * bops and `bops`.
+
+    Gates move in the order of their distance from their threshold, first those that would have flipped next. Where the
+    steps are too coarse for the band the nearest cost that was met is returned; `net` itself stays as it is. Raises
+    SbsError for a budget that no policy of the space can meet.
+    """
+    low, high = bops_range(net)
+    if not low * (1 - tolerance) <= bops <= high * (1 + tolerance):
+        raise SbsError(
+            f"no policy of this search space costs {bops / 1e9:.6g} GBOPs: it reaches from {low / 1e9:.6g} to "
+            f"{high / 1e9:.6g}; change the budget, weight_bits, activation_bits or max_prune_share"
+        )
+    walk = _Walk(net, bops, tolerance)
+    best = walk.run()
+    dtype, device = net.channel_gates.open.dtype, net.channel_gates.open.device
+    before = _gates_of(net)
+    moved = sum(int((best[name] != before[name]).sum()) for name in _BANKS)
+    state = {f"{name}.open": best[name].to(device=device, dtype=dtype) for name in _BANKS}
+    return Landing(_bops(net, best), moved, state)
+
+
+@dataclass(frozen=True)
+class _Move:
+    """Set one gate of a bank to `value`; `distance` is how far its threshold is from letting it."""
+
+    bank: str
+    index: tuple[int, ...]
+    value: float
+    distance: float
+
+
+class _Walk:
+    """Moves gates one by one towards the budget, down while above it, up while below the band."""
+
+    def __init__(self, net: SuperNet, bops: float, tolerance: float) -> None:
+        self.net, self.top, self.floor = net, bops, bops * (1 - tolerance)
+        self.gates = _gates_of(net)
+        self.margins = {name: getattr(net, name).margin().detach().double().cpu() for name in _BANKS}
+
+    def run(self) -> Gates:
+        best, best_miss = self._copy(), self._miss(_bops(self.net, self.gates))
+        gates = sum(gate.numel() for gate in self.gates.values())
+        for _ in range(4 * gates):  # steps too coarse for the band could go up and down for ever
+            cost = _bops(self.net, self.gates)
+            if self._miss(cost) < best_miss:
+                best, best_miss = self._copy(), self._miss(cost)
+            if best_miss == 0 or not self._step(down=cost > self.top):
+                break
+        return best
+
+    def _step(self, *, down: bool) -> bool:
+        """The nearest move that does not cross the band, else the one that crosses it least; False without any."""
+        moves = sorted(self._moves(down=down), key=lambda move: (move.distance, move.bank, move.index))
+        crossing: list[tuple[float, _Move]] = []
+        for move in moves:
+            old = float(self.gates[move.bank][move.index])
+            self.gates[move.bank][move.index] = move.value
+            cost = _bops(self.net, self.gates)
+            if (cost >= self.floor) if down else (cost <= self.top):
+                return True
+            self.gates[move.bank][move.index] = old
+            crossing.append((self._miss(cost), move))
+        if not crossing:
+            return False
+        least = min(crossing, key=lambda pair: (pair[0], pair[1].distance))[1]
+        self.gates[least.bank][least.index] = least.value
+        return True
+
+    def _moves(self, *, down: bool) -> list[_Move]:
+        sign = 1.0 if down else -1.0  # an open gate's margin is above its threshold, a closed one's below
+        moves = []
+        for bank in ("weight_gates", "activation_gates"):
+            is_open = self.gates[bank]
+            if is_open.shape[1] == 0:
+                continue
+            for row, chosen in enumerate(selected(is_open).tolist()):
+                column = chosen - 1 if down else chosen
+                if 0 <= column < is_open.shape[1]:
+                    distance = sign * float(self.margins[bank][row, column])
+                    moves.append(_Move(bank, (row, column), 0.0 if down else 1.0, distance))
+        is_open = self.gates["channel_gates"]
+        closable = _closable(self.net, is_open)
+        for gate, value in enumerate(is_open.tolist()):
+            if (value == 1.0 and closable[gate] > 0) if down else value == 0.0:
+                distance = sign * float(self.margins["channel_gates"][gate])
+                moves.append(_Move("channel_gates", (gate,), 1.0 - value, distance))
+        return moves
+
+    def _miss(self, cost: float) -> float:
+        return max(0.0, cost / self.top - 1, self.floor / cost - 1)
+
+    def _copy(self) -> Gates:
+        return {name: gate.clone() for name, gate in self.gates.items()}
+
+
+def _gates_of(net: SuperNet) -> Gates:
+    return {name: getattr(net, name).open.detach().double().cpu().clone() for name in _BANKS}
+
+
+def _closable(net: SuperNet, is_open: Tensor) -> list[int]:
+    """How many more gates of its layer may close, for every channel gate."""
+    result: list[int] = []
+    for start, stop in net.group_slices:
+        closed = int((is_open[start:stop] == 0).sum())
+        result += [int(net.space.max_prune_share * (stop - start)) - closed] * (stop - start)
+    return result
+
+
+def _bops(net: SuperNet, gates: Gates) -> float:
+    macs = net.macs(gates["channel_gates"].to(net.macs.constant.device)).cpu()
+    total = macs
+    for side in ("weight", "activation"):
+        bits: tuple[int, ...] = getattr(net.space, f"{side}_bits")
+        # a gate behind a closed one does not count, whether it is open or not
+        searched = effective_bits(gates[f"{side}_gates"], bits)
+        padded = torch.cat([searched, searched.new_full((1,), float(net.space.first_last_bits))])
+        total = total * padded[net.macs.searched_index.cpu()]
+    return float(total.sum())

@@ -86,3 +86,17 @@ class SearchSpace:
     def first_last_bits(self) -> int:
         """Bits of the first and last layers: edge_bits, or 32 in a pure pruning search."""
         return self.edge_bits if self.quantizes else FULL_PRECISION_BITS
+
+    def signature(self) -> tuple[int, ...]:
+        """What the gates of a super-network mean, in figures; max_prune_share only limits how they may move."""
+        bits = (len(self.weight_bits), *self.weight_bits, len(self.activation_bits), *self.activation_bits)
+        return (*bits, self.first_last_bits, self.group_size if self.prune else 0)
+
+
+def describe(signature: tuple[int, ...]) -> str:
+    """A space's signature in words."""
+    weights = signature[1 : 1 + signature[0]]
+    activations = signature[2 + len(weights) : -2]
+    groups = f"group_size={signature[-1]}" if signature[-1] else "prune=False"
+    edges = f"first and last layers at {signature[-2]} bits"
+    return f"weight_bits={weights}, activation_bits={activations}, {groups}, {edges}"

@@ -7,13 +7,14 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
+from sbs.errors import SbsError
 from sbs.gates import HYSTERESIS, MOMENTUM, GateBank, decide, selected
 from sbs.graph import NetworkGraph, analyze
 from sbs.kernels import GateMode
 from sbs.layers import LayerContext, QuantConv2d, QuantizedLayer, QuantLinear, QuantSettings, from_float
 from sbs.mac_table import MacTable
 from sbs.ranks import agree
-from sbs.space import FULL_PRECISION_BITS, SearchSpace, levels
+from sbs.space import FULL_PRECISION_BITS, SearchSpace, describe, levels
 from sbs.weights import WeightCodes, encode, moments, statistics
 
 # r is at most half a coarse step: r**2 / (s**2 / 12) <= 3
@@ -64,6 +65,19 @@ class SuperNet(nn.Module):
             steps = torch.tensor([float(levels(b)) for b in bits], device=device)
             self.register_buffer(f"_{side}_steps", steps, persistent=False)
         self.register_load_state_dict_post_hook(_refresh_after_load)
+
+    def get_extra_state(self) -> Tensor:
+        """The search space in figures, part of the state dict: gates of another space would fit in shape alone."""
+        return torch.tensor(self.space.signature())
+
+    def set_extra_state(self, state: Tensor) -> None:
+        """Raise SbsError if the state dict is of another search space."""
+        theirs = tuple(int(n) for n in state)
+        if theirs != self.space.signature():
+            raise SbsError(
+                f"these weights are of a search over {describe(theirs)}; this super-network was prepared for "
+                f"{describe(self.space.signature())}: prepare it with the space of the weights"
+            )
 
     def _index_channels(self, device: torch.device) -> None:
         """Buffers that map channels to their group's gate, and gates to their ChannelGroup."""

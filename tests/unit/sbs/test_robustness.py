@@ -1,8 +1,14 @@
 """What must not change a result in silence: names of modules, wrappers, broken batches, exceptions, samples."""
 
+import copy
+import re
+from pathlib import Path
+from typing import Any
+
 import pytest
 import torch
 from torch import nn
+from torch.optim.swa_utils import AveragedModel
 
 import sbs
 from sbs.graph import analyze
@@ -155,3 +161,37 @@ def test_half_precision_weights_are_refused_with_the_remedy(kind: str, dtype: to
     with pytest.raises(sbs.SbsError, match=r"torch\.autocast"):
         sbs.calibrate(net, [_image()])
     assert net.float()(_image()).isfinite().all()
+
+
+OTHER_SPACES: dict[str, dict[str, Any]] = {
+    "weight_bits=(4, 8, 16)": {"weight_bits": (4, 8, 16)},
+    "activation_bits=(1, 4, 8)": {"activation_bits": (1, 4, 8)},
+    "group_size=5": {"group_size": 5},  # as many groups of 8 channels as with 4
+    "prune=False": {"prune": False},
+    "first and last layers at 4 bits": {"edge_bits": 4},
+}
+
+
+@pytest.mark.parametrize("named", OTHER_SPACES)
+def test_weights_of_another_search_space_are_refused_by_name_and_nothing_is_loaded(named: str):
+    state = _searching().state_dict()
+    other = sbs.prepare(Leaky(), sbs.SearchSpace(**OTHER_SPACES[named]), _image())
+    before = copy.deepcopy(other.state_dict())
+    with pytest.raises(sbs.SbsError, match=rf"weight_bits=\(2, 4, 8\).*group_size=4.*{re.escape(named)}"):
+        other.load_state_dict(state)
+    for name, value in other.state_dict().items():
+        assert torch.equal(value, before[name]), name
+
+
+def test_the_space_in_a_state_dict_is_a_tensor_and_does_not_disturb_copies(tmp_path: Path):
+    net = _searching()
+    torch.save(nn.ModuleDict({"wrapped": net}).state_dict(), tmp_path / "net.pt")
+    state = torch.load(tmp_path / "net.pt", weights_only=True)
+    assert all(isinstance(value, torch.Tensor) for value in state.values())
+    fresh = nn.ModuleDict({"wrapped": sbs.prepare(Leaky(), sbs.SearchSpace(max_prune_share=0.25), _image())})
+    fresh.load_state_dict(state)
+    averaged = AveragedModel(net, use_buffers=True)
+    averaged.update_parameters(net)
+    for other in (fresh["wrapped"], copy.deepcopy(net), averaged.module):
+        assert torch.equal(other.eval()(_image()), net.eval()(_image()))
+    AveragedModel(net).load_state_dict(averaged.state_dict())

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 HYSTERESIS = 0.02
 MOMENTUM = 0.1
@@ -24,6 +25,7 @@ class HardGate(torch.autograd.Function):
         return gates.clone()
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
         """The gradient for the thresholds alone."""
         thresholds, statistic = ctx.saved_tensors

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from sbs import kernels
 from sbs.kernels import Form, GateMode, Operand
@@ -190,6 +191,7 @@ class QuantizedAffine(torch.autograd.Function):
         return y, sums
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         """Gradients of x, w, the scales, the bit gates and the channel gate."""
         x, w, x_scale, w_scale, x_gates, w_gates, channel_gate, w_codes, x_unit, w_unit = ctx.saved_tensors

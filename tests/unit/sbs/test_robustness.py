@@ -195,3 +195,17 @@ def test_the_space_in_a_state_dict_is_a_tensor_and_does_not_disturb_copies(tmp_p
     for other in (fresh["wrapped"], copy.deepcopy(net), averaged.module):
         assert torch.equal(other.eval()(_image()), net.eval()(_image()))
     AveragedModel(net).load_state_dict(averaged.state_dict())
+
+
+@pytest.mark.parametrize("kind", ["super-network", "compressed", "penalty"])
+def test_second_derivatives_are_refused_instead_of_wrong(kind: str):
+    """The closed form has first derivatives alone; a gradient penalty would train on something else in silence."""
+    net = _searching()
+    if kind == "penalty":
+        loss, parameters = sbs.bop_penalty(net), [net.weight_gates.thresholds]
+    else:
+        net = net if kind == "super-network" else sbs.compress(net, sbs.freeze(net))
+        loss, parameters = net(_image()).square().sum(), [p for n, p in net.named_parameters() if "conv_b" in n]
+    first = torch.autograd.grad(loss, parameters, create_graph=True)
+    with pytest.raises(RuntimeError, match="twice"):
+        sum(g.square().sum() for g in first).backward()

@@ -3,6 +3,7 @@
 import copy
 import math
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -59,7 +60,7 @@ class SuperNet(nn.Module):
         self._rows = {name: i for i, name in enumerate(searched)}
         self._kept_for: tuple[torch.device, Tensor] | None = None
         self._kept_version: tuple[int, int] | None = None
-        self._left_moments: tuple[list[tuple[int, int]], tuple[list[Tensor], list[Tensor]]] | None = None
+        self._left_moments: _LeftMoments | None = None
         for side in ("weight", "activation"):
             bits = getattr(space, f"{side}_bits")
             steps = torch.tensor([float(levels(b)) for b in bits], device=device)
@@ -160,8 +161,9 @@ class SuperNet(nn.Module):
     def _moments(self, layers: list[QuantizedLayer]) -> tuple[list[Tensor], list[Tensor]]:
         """Mean and deviation of the kept weights; those that after_step left serve the next training pass, once."""
         left, self._left_moments = self._left_moments, None
-        if self.training and left is not None and left[0] == _versions(layers):
-            return left[1]
+        # the norms, too: writing through `.data` raises no version
+        if left and self.training and left.versions == _versions(layers) and torch.equal(left.norms, _norms(layers)):
+            return left.moments
         return moments([layer.kept_weight() for layer in layers])
 
     # -- after each optimiser step
@@ -235,7 +237,7 @@ class SuperNet(nn.Module):
         layers = self._searched_layers()
         kept = [layer.kept_weight() for layer in layers]
         means, stds = moments(kept)
-        self._left_moments = (_versions(layers), (means, stds))
+        self._left_moments = _LeftMoments(_versions(layers), _norms(layers), (means, stds))
         scales = [layer.weight_clip * std for layer, std in zip(layers, stds, strict=True)]
         grid = tuple(levels(b) for b in self.space.weight_bits)
         self.weight_gates.statistic.copy_(statistics(kept, means, scales, grid))
@@ -303,6 +305,19 @@ class SuperNet(nn.Module):
                 columns = (columns.unsqueeze(1) * info.repeat + torch.arange(info.repeat)).reshape(-1)
             layer.kept_out = None if rows is None else rows.to(device)
             layer.kept_in = None if columns is None else columns.to(device)
+
+
+class _LeftMoments(NamedTuple):
+    """Moments of the kept weights, and what tells whether the weights are still those."""
+
+    versions: list[tuple[int, int]]
+    norms: Tensor
+    moments: tuple[list[Tensor], list[Tensor]]
+
+
+def _norms(layers: list[QuantizedLayer]) -> Tensor:
+    weights = [layer.weight.detach() for layer in layers]
+    return torch.stack(list(torch._foreach_norm(weights)))  # noqa: SLF001
 
 
 def _versions(layers: list[QuantizedLayer]) -> list[tuple[int, int]]:

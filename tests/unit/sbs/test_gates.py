@@ -55,6 +55,26 @@ def test_thresholds_and_clips_are_clamped(net):
         torch.testing.assert_close(net.get_parameter(name).detach(), 1e-3 * value)
 
 
+def test_a_pruning_threshold_ends_just_above_the_largest_statistic_so_that_every_group_could_close(net):
+    """By hand: at the largest statistic of its layer plus twice the hysteresis of 0.02; the rest as it was set."""
+    bank, (start, stop) = net.channel_gates, net.group_slices[0]
+    largest = bank.statistic[start:stop].max()
+    with torch.no_grad():
+        bank.thresholds[start] = 100.0
+        bank.thresholds[start + 1] = 0.125
+        bank.thresholds[stop:] = 0.25
+    sbs.after_step(net)
+    torch.testing.assert_close(bank.thresholds[start].detach(), largest + 0.04)
+    assert bank.thresholds[start + 1] == 0.125
+    assert (bank.thresholds[stop:] == 0.25).all()
+    strongest = start + int(bank.statistic[start:stop].argmax())
+    with torch.no_grad():
+        bank.thresholds[start:stop] = 0.0
+        bank.thresholds[strongest] = 100.0
+    sbs.after_step(net)
+    assert bank.open[start:stop].tolist() == [float(gate != strongest) for gate in range(start, stop)]
+
+
 def test_a_gate_closes_and_opens_again_with_its_threshold_and_flips_are_counted(net):
     bank = net.weight_gates
     low, high = bank.statistic[0, 0] - 0.2, bank.statistic[0, 0] + 0.2
@@ -119,8 +139,9 @@ def test_telemetry_tells_shares_by_hand():
 
 
 @pytest.mark.parametrize("prune", [True, False])
-def test_weights_replaced_through_data_are_standardised_anew(prune):
-    """The idiom of averaged weights: `p.data.copy_(average)` before an evaluation."""
+@pytest.mark.parametrize("mode", ["eval", "train"])
+def test_weights_replaced_through_data_are_standardised_anew(prune, mode):
+    """The idioms of averaged weights, `p.data.copy_(average)` before an evaluation, and of projections in training."""
     model = networks.randomise(networks.Residual(), 1)
     net = sbs.prepare(model, sbs.SearchSpace(prune=prune), torch.zeros(1, 3, SIZE, SIZE))
     x = networks.images(8, SIZE, 1)
@@ -132,4 +153,4 @@ def test_weights_replaced_through_data_are_standardised_anew(prune):
     fresh = sbs.prepare(model, sbs.SearchSpace(prune=prune), torch.zeros(1, 3, SIZE, SIZE))
     fresh.load_state_dict(net.state_dict())
     with torch.no_grad():
-        assert torch.equal(net.eval()(x), fresh.eval()(x))
+        assert torch.equal(net.train(mode == "train")(x), fresh.train(mode == "train")(x))

@@ -6,6 +6,7 @@ themselves.
 """
 
 import json
+from collections import Counter
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 from sbs.errors import SbsError
 from sbs.graph import LayerInfo, NetworkGraph, analyze
 from sbs.layers import QuantizedLayer
-from sbs.space import FULL_PRECISION_BITS, MAX_QUANTIZED_BITS
+from sbs.space import EDGE_BITS, FULL_PRECISION_BITS, MAX_QUANTIZED_BITS
 
 FORMAT = "sbs-policy"
 VERSION = 1
@@ -54,9 +55,20 @@ class Policy:
 
     @classmethod
     def uniform(
-        cls, model: nn.Module, example_input: Tensor, weight_bits: int, activation_bits: int, edge_bits: int = 8
+        cls,
+        model: nn.Module,
+        example_input: Tensor,
+        weight_bits: int,
+        activation_bits: int,
+        edge_bits: int | None = None,
     ) -> "Policy":
-        """The same bits for every layer but the first and the last, which get `edge_bits`; nothing pruned."""
+        """The same bits for every layer but the first and the last, which get `edge_bits`; nothing pruned.
+
+        edge_bits is 8 by default, and 32 where weights and activations are to stay in full precision.
+        """
+        if edge_bits is None:
+            full = weight_bits == activation_bits == FULL_PRECISION_BITS
+            edge_bits = FULL_PRECISION_BITS if full else EDGE_BITS
         graph = analyze(model, example_input)
         layers = tuple(
             LayerPolicy(i.name, edge_bits if i.edge else weight_bits, edge_bits if i.edge else activation_bits)
@@ -67,6 +79,9 @@ class Policy:
     def checked(self, graph: NetworkGraph) -> "Policy":
         """Return self if it belongs to `graph`; raise SbsError naming the first thing that does not fit."""
         ours, theirs = [i.name for i in graph.layers], [layer.name for layer in self.layers]
+        doubled = sorted(name for name, count in Counter(theirs).items() if count > 1)
+        if doubled:
+            raise SbsError(f"the policy (of {self.model}) has more than one entry for {_some(doubled)}: leave one each")
         if sorted(ours) != sorted(theirs):
             missing, unknown = sorted(set(ours) - set(theirs)), sorted(set(theirs) - set(ours))
             raise SbsError(

@@ -11,6 +11,7 @@ from sbs.errors import SbsError
 
 FULL_PRECISION_BITS = 32
 MAX_QUANTIZED_BITS = 16
+EDGE_BITS = 8
 
 
 def levels(bits: int) -> int:
@@ -63,7 +64,7 @@ class SearchSpace:
     prune: bool = True
     group_size: int = 4
     max_prune_share: float = 0.5
-    edge_bits: int = 8
+    edge_bits: int = EDGE_BITS
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "weight_bits", check_bits(self.weight_bits, "weight_bits"))

@@ -43,6 +43,14 @@ def test_first_and_last_layers_of_a_uniform_policy_have_8_bits(document):
     assert bits == [(8, 8), *[(4, 2)] * 5, (8, 8)]
 
 
+def test_a_uniform_policy_of_32_bits_is_full_precision_throughout():
+    bits = {(c.weight_bits, c.activation_bits) for c in sbs.Policy.uniform(networks.Residual(), X, 32, 32).layers}
+    assert bits == {(32, 32)}
+    edges = sbs.Policy.uniform(networks.Residual(), X, 32, 32, edge_bits=8).layers
+    assert (edges[0].weight_bits, edges[-1].activation_bits) == (8, 8)
+    assert sbs.Policy.uniform(networks.Residual(), X, 32, 4).layers[0].weight_bits == 8
+
+
 def test_policy_of_another_network_is_refused_by_name(document):
     policy = sbs.Policy.uniform(sbs.models.build("resnet20", 10), torch.zeros(1, 3, 32, 32), 4, 4)
     for call in (
@@ -116,10 +124,15 @@ def test_a_missing_key_is_named(tmp_path, document):
         _load(document, tmp_path)
 
 
-def test_a_missing_layer_and_a_doubled_one_are_refused(tmp_path, document):
+def test_a_missing_layer_and_a_doubled_one_are_refused_by_name(tmp_path, document):
     first = document["layers"][0]
-    for layers in (document["layers"][1:], [first, *document["layers"]]):
-        with pytest.raises(SbsError):
+    cases = [
+        (document["layers"][1:], r"without a policy: stem;"),
+        ([first, *document["layers"]], r"more than one entry for stem: leave one"),
+        ([*document["layers"][1:], document["layers"][2]], r"more than one entry for conv_b"),
+    ]
+    for layers, named in cases:
+        with pytest.raises(SbsError, match=named):
             sbs.compress(networks.Residual(), _load(document | {"layers": layers}, tmp_path))
 
 

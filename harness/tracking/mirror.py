@@ -271,6 +271,7 @@ def _finish(store: Store, trial: _Trial, config: dict[str, Any], records: Sequen
     if status == "FINISHED" and result is not None:
         layers = result.get("layers", [])
         store.log(run_id, record.final_samples(result, records))
+        store.log_new_params(run_id, record.result_params(result))
         store.log_texts(run_id, {"layers.csv": record.layer_csv(layers)})
         store.log_table(run_id, "layers.json", record.layer_table(layers))
         picture.ensure(run)

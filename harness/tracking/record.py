@@ -22,6 +22,11 @@ ROLE_TAG = "harness.role"
 POINT_TAG = "harness.point"
 CONVENTION_TAG = "harness.convention"
 
+# The compare page of the MLflow UI opens on the first metric that the runs share and the first parameters in which they
+# differ, capitals before small letters: what a frontier is drawn from has names that put it there.
+TOP1_METRIC = "Top-1"
+RESULT_PARAMS = {"GBOPs": "gbops", "Mean weight bits": "mean_weight_bits"}
+
 FINAL_METRICS = (
     "top1", "top5", "loss", "gbops", "bop_reduction", "mean_weight_bits", "mean_activation_bits", "pruned_share",
     "params", "bytes",
@@ -53,11 +58,15 @@ def settled(records: Sequence[Mapping[str, Any]], *, finished: bool) -> list[Map
 
 
 def samples(records: Sequence[Mapping[str, Any]]) -> Iterator[Sample]:
-    """Every number in the records; text is passed over."""
+    """Every number in the records, each record's top-1 first under a name of its own; text is passed over."""
     for record in records:
-        for key, value in record.get("metrics", {}).items():
+        metrics, time_ms, step = record.get("metrics", {}), _ms(record["time"]), int(record["step"])
+        top1 = next((metrics[key] for key in ("final/top1", f"{record.get('stage')}/top1") if key in metrics), None)
+        if top1 is not None:
+            yield Sample(TOP1_METRIC, float(top1), time_ms, step)
+        for key, value in metrics.items():
             if isinstance(value, (int, float)) and not isinstance(value, bool):
-                yield Sample(key, float(value), _ms(record["time"]), int(record["step"]))
+                yield Sample(key, float(value), time_ms, step)
 
 
 def params(config: Mapping[str, Any]) -> dict[str, str]:
@@ -68,6 +77,11 @@ def params(config: Mapping[str, Any]) -> dict[str, str]:
     if not method_uses_lambda(config):
         flat.pop("lambda", None)
     return flat
+
+
+def result_params(result: Mapping[str, Any]) -> dict[str, str]:
+    """Figures of a result as parameters, since the axes of the compare page begin with parameters."""
+    return {name: f"{result[key]:.4g}" for name, key in RESULT_PARAMS.items() if key in result}
 
 
 def tags(run: RunDir, config: Mapping[str, Any]) -> dict[str, str]:

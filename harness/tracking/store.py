@@ -148,6 +148,12 @@ class Store:
                 self.client.log_batch(run, **{kind: group[start : start + size]})
 
     @_translated
+    def log_new_params(self, run: str, params: Mapping[str, str]) -> None:
+        """Send the parameters that the run does not have; a store refuses to change one."""
+        known = self.client.get_run(run).data.params
+        self.log(run, params={key: value for key, value in params.items() if key not in known})
+
+    @_translated
     def log_texts(self, run: str, texts: Mapping[str, str]) -> None:
         """Write small text artifacts, replacing what was there."""
         for name, text in texts.items():

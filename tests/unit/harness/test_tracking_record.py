@@ -23,6 +23,26 @@ def test_samples_carry_the_record_s_own_time_and_step():
     assert two.value == 3.0
 
 
+def test_one_curve_of_accuracy_runs_through_all_stages_and_comes_first():
+    records = [
+        entry(1, metrics={"search/loss": 0.5, "search/top1": 90.0}),
+        entry(2, metrics={"finetune/top1": 95.0}) | {"stage": "finetune"},
+        entry(3, metrics={"final/top1": 94.0, "final/top5": 99.0}) | {"stage": "report"},
+    ]
+    found = list(record.samples(records))
+    assert found[0].key == "Top-1"
+    curve = [(sample.step, sample.value) for sample in found if sample.key == "Top-1"]
+    assert curve == [(10, 90.0), (20, 95.0), (30, 94.0)]
+    assert sum(sample.key == "final/top1" for sample in found) == 1
+
+
+def test_what_the_compare_page_takes_first_sorts_before_every_other_parameter():
+    added = record.result_params({"gbops": 0.123456, "mean_weight_bits": 2.0, "top1": 1.0})
+    assert added == {"GBOPs": "0.1235", "Mean weight bits": "2"}
+    config = load_recipe("digits_resnet20", ["search.lambda=0.3"]).to_dict()
+    assert sorted(record.params(config) | added)[:2] == ["GBOPs", "Mean weight bits"]
+
+
 def test_params_are_the_recipe_s_names_and_short_ones():
     config = load_recipe("digits_resnet20", ["search.lambda=0.3"]).to_dict()
     params = record.params(config)

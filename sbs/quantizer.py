@@ -121,34 +121,32 @@ def _as_given(kind: str) -> AbstractContextManager[object]:
 
 
 def _encode(
-    x: Tensor, side: Side | None, scale: Tensor, gate: Tensor | None, dtype: torch.dtype
-) -> tuple[Tensor, Tensor]:
-    """(codes, unit): value = unit * codes. Without a side the values are their own codes."""
+    x: Tensor, side: Side | None, scale: Tensor, gate: Tensor | None, dtype: torch.dtype, *, collect: bool = False
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """(codes, unit, residual sums): value = unit * codes; sums (K - 1,) where they are to be collected.
+
+    Without a side the values are their own codes.
+    """
     if side is None:
-        return x.to(dtype), torch.ones_like(scale)
-    # statistics are not wanted here, and their gate changes no code
-    gate = None if side.form.mode is GateMode.STATISTICS else gate
-    operand, form = side.operand(x, scale, gate)
+        return x.to(dtype), torch.ones_like(scale), None
+    sums = None
     if side.codes is not None:
-        unit = operand.scale / operand.levels
-        return (side.codes * _HALF_SHRINK).to(dtype) if dtype == torch.float16 else side.codes.to(dtype), unit
-    return _finish(kernels.compiled_encode(operand, form, dtype), x, operand)
+        codes = side.codes.to(dtype)
+    else:
+        # a gate of the statistics changes no code
+        gate = gate if collect or side.form.mode is not GateMode.STATISTICS else None
+        operand, form = side.operand(x, scale, gate)
+        if collect:
+            codes, sums = kernels.compiled_encode_with_sums(operand, form, dtype)
+        else:
+            codes = kernels.compiled_encode(operand, form, dtype)
+        codes = restore(codes, x)
+    unit = scale.detach() / side.levels
+    return _shrunk(codes), unit / _HALF_SHRINK if dtype == torch.float16 else unit, sums
 
 
-def _encode_with_sums(
-    x: Tensor, side: Side, scale: Tensor, gate: Tensor | None, dtype: torch.dtype
-) -> tuple[Tensor, Tensor, Tensor]:
-    """`_encode`, and the residual sums (K - 1,)."""
-    operand, form = side.operand(x, scale, gate)
-    codes, sums = kernels.compiled_encode_with_sums(operand, form, dtype)
-    return *_finish(codes, x, operand), sums
-
-
-def _finish(codes: Tensor, x: Tensor, operand: Operand) -> tuple[Tensor, Tensor]:
-    unit = operand.scale / operand.levels
-    if codes.dtype == torch.float16:
-        codes, unit = codes * _HALF_SHRINK, unit / _HALF_SHRINK
-    return restore(codes, x), unit
+def _shrunk(codes: Tensor) -> Tensor:
+    return codes * _HALF_SHRINK if codes.dtype == torch.float16 else codes
 
 
 class QuantizedAffine(torch.autograd.Function):
@@ -174,12 +172,9 @@ class QuantizedAffine(torch.autograd.Function):
         """x (N, C, ...), w (O, I, ...) -> y (N, O, ...), sums (K - 1,) or None."""
         x, w = dense(x), dense(w)
         dtype = _compute_dtype(x, [x_side, w_side])
-        sums = None
-        if x_side is not None and x_side.collect:
-            x_codes, x_unit, sums = _encode_with_sums(x, x_side, x_scale, channel_gate, dtype)
-        else:
-            x_codes, x_unit = _encode(x, x_side, x_scale, channel_gate, dtype)
-        w_codes, w_unit = _encode(w, w_side, w_scale, None, dtype)
+        collect = x_side is not None and x_side.collect
+        x_codes, x_unit, sums = _encode(x, x_side, x_scale, channel_gate, dtype, collect=collect)
+        w_codes, w_unit, _ = _encode(w, w_side, w_scale, None, dtype)
         whole = _whole_products(x.device.type) if _has_wide_codes([x_side, w_side]) else nullcontext()
         with _as_given(x.device.type), whole:
             y = affine.forward(x_codes, w_codes)
@@ -200,18 +195,20 @@ class QuantizedAffine(torch.autograd.Function):
         x_needed = need[0] or need[2] or need[4] or need[6]
         w_needed = need[1] or need[3] or need[5]
         dy = grads[0].to(dtype)
-        given = _Input(x, x_side, x_scale, x_gates, channel_gate)
+        x_grads = w_grads = _NO_GRADIENTS
         with _as_given(x.device.type):
             if x_needed:
                 # the gradient of the input does not depend on its values, only on its shape and memory order
                 dx_codes, _ = affine.backward(dy, torch.empty_like(x, dtype=dtype), w_codes, [True, False])
-                assert dx_codes is not None
-                (dx, dx_scale, dx_gates, dgate), x_codes = _backward_with_codes(dx_codes, w_unit, given)
+                given = _Input(x, x_side, x_scale, x_gates, channel_gate)
+                x_grads, x_codes = _backward(dx_codes, w_unit, given, with_codes=True)
             else:
-                dx = dx_scale = dx_gates = dgate = None
-                x_codes, _ = _encode(x, x_side, x_scale, channel_gate, dtype)
-            _, dw_codes = affine.backward(dy, x_codes, w_codes, [False, w_needed])
-        dw, dw_scale, dw_gates, _ = _backward(dw_codes, x_unit, _Input(w, w_side, w_scale, w_gates, None))
+                x_codes, _, _ = _encode(x, x_side, x_scale, channel_gate, dtype)
+            if w_needed:
+                _, dw_codes = affine.backward(dy, x_codes, w_codes, [False, True])
+                w_grads, _ = _backward(dw_codes, x_unit, _Input(w, w_side, w_scale, w_gates, None))
+        dx, dx_scale, dx_gates, dgate = x_grads
+        dw, dw_scale, dw_gates, _ = w_grads
         return dx, dw, dx_scale, dw_scale, dx_gates, dw_gates, dgate, None, None, None
 
 
@@ -226,36 +223,25 @@ class _Input(NamedTuple):
 
 
 Gradients = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]
+_NO_GRADIENTS: Gradients = (None, None, None, None)
 
 
-def _backward(grad: Tensor | None, grad_scale: Tensor, given: _Input) -> Gradients:
-    """Gradients of (x, scale, bit gates, channel gate) from the gradient of its codes."""
-    if grad is None:
-        return None, None, None, None
-    if given.side is None:
-        return (grad * grad_scale).to(given.x.dtype), None, None, None
-    operand, form, flat = _operand(grad, given, given.side)
-    dx, dscale, dgates, dgate = kernels.compiled_backward(
-        operand, form, flat, grad_scale, given.bit_gates.detach().clone()
-    )
-    return restore(dx, given.x), dscale.to(given.scale.dtype), dgates, dgate
+def _backward(grad: Tensor, grad_scale: Tensor, given: _Input, *, with_codes: bool = False) -> tuple[Gradients, Tensor]:
+    """Gradients of (x, scale, bit gates, channel gate) from the gradient of its codes.
 
-
-def _backward_with_codes(grad: Tensor, grad_scale: Tensor, given: _Input) -> tuple[Gradients, Tensor]:
-    """`_backward`, and the codes, which are not kept from the forward pass."""
-    if given.side is None:
-        return _backward(grad, grad_scale, given), given.x.to(grad.dtype)
-    operand, form, flat = _operand(grad, given, given.side)
-    (dx, dscale, dgates, dgate), codes = kernels.compiled_backward_with_codes(
-        operand, form, flat, grad_scale, given.bit_gates.detach().clone()
-    )
-    if codes.dtype == torch.float16:
-        codes = codes * _HALF_SHRINK
-    gradients = restore(dx, given.x), dscale.to(given.scale.dtype), dgates, dgate
-    return gradients, restore(codes, given.x)
-
-
-def _operand(grad: Tensor, given: _Input, side: Side) -> tuple[Operand, Form, Tensor]:
+    And the codes, which are not kept from the forward pass; x itself where they are not wanted.
+    """
+    x, side = given.x, given.side
+    if side is None:
+        return ((grad * grad_scale).to(x.dtype), None, None, None), x.to(grad.dtype)
     gate = None if side.form.mode is GateMode.STATISTICS else given.channel_gate
-    operand, form = side.operand(given.x, given.scale, gate)
-    return operand, form, memory_view(like(grad, given.x), operand.gate is not None)
+    operand, form = side.operand(x, given.scale, gate)
+    flat = memory_view(like(grad, x), operand.gate is not None)
+    arguments = (operand, form, flat, grad_scale, given.bit_gates.detach().clone())
+    codes = x
+    if with_codes:
+        (dx, dscale, dgates, dgate), codes = kernels.compiled_backward_with_codes(*arguments)
+        codes = restore(_shrunk(codes), x)
+    else:
+        dx, dscale, dgates, dgate = kernels.compiled_backward(*arguments)
+    return (restore(dx, x), dscale.to(given.scale.dtype), dgates, dgate), codes

@@ -10,7 +10,8 @@ from torch import Tensor
 
 import sbs
 from sbs import kernels
-from tests.numerics import networks
+from sbs.layers import QuantizedLayer
+from tests.numerics import networks, states
 
 SIZE = 8
 
@@ -54,3 +55,28 @@ def test_compiled_kernels_divide_as_eager_ones(monkeypatch):
     sbs.use_compiled(True)
     kernels._Compiled(kernels.encode)(operand, kernels.Form(False, kernels.GateMode.NONE, (1,)), torch.float32)
     assert asked[0]["options"]["eager_numerics.division_rounding"] is True
+
+
+@pytest.mark.parametrize("kind", ["super-network", "compressed"])
+@pytest.mark.parametrize(("low", "share"), [(torch.bfloat16, 2**-7), (torch.float16, 2**-10)])
+def test_autocast_changes_a_layers_output_by_the_rounding_of_its_type_alone(kind, low, share):
+    """Every layer given the same input; float16, in which sums of codes would overflow, included."""
+    net = states.searched(networks.Inverted(), SIZE, seed=5, group_size=2).eval()
+    net = net if kind == "super-network" else sbs.compress(net, sbs.freeze(net))
+    layers = {name: m for name, m in net.named_modules() if isinstance(m, QuantizedLayer)}
+    calls: dict[str, tuple[Tensor, Tensor]] = {}
+
+    def again(name: str, x: Tensor, y: Tensor) -> None:
+        if name not in calls:  # the hook calls the layer itself, within the gates of this pass
+            calls[name] = x, y
+            with torch.autocast("cpu", dtype=low):
+                calls[name] = y, layers[name](x)
+
+    for name, layer in layers.items():
+        layer.register_forward_hook(lambda _, x, y, name=name: again(name, x[0], y))
+    with torch.no_grad():
+        net(networks.images(4, SIZE, 2))
+    assert len(calls) == 7
+    for name, (whole, rounded) in calls.items():
+        assert rounded.dtype == low, name
+        assert (rounded.float() - whole).abs().max() <= share * whole.abs().max(), name

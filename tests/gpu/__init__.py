@@ -1,1 +1,1 @@
-"""Needs a CUDA device; skipped without one."""
+"""What a CUDA device may do differently. Skipped without one, but for checks of `sbs` that run on the CPU, too."""

@@ -7,7 +7,7 @@ from sbs.cost import CostReport, LayerCost, cost
 from sbs.errors import SbsError
 from sbs.export import export, load_exported
 from sbs.kernels import use_compiled
-from sbs.landing import Landing, bops_range, land
+from sbs.landing import Landing, bops_of, bops_range, land
 from sbs.objective import after_step, bop_penalty, param_groups, telemetry
 from sbs.policy import LayerPolicy, Policy
 from sbs.space import SearchSpace
@@ -24,6 +24,7 @@ __all__ = [
     "SuperNet",
     "after_step",
     "bop_penalty",
+    "bops_of",
     "bops_range",
     "calibrate",
     "compress",

@@ -38,6 +38,11 @@ def bops_range(net: SuperNet) -> tuple[float, float]:
     return _bops(net, cheapest), _bops(net, dearest)
 
 
+def bops_of(net: SuperNet) -> float:
+    """BOPs of the gates of `net` as they stand: a sum of whole numbers, the same to the last bit on every rank."""
+    return _bops(net, _gates_of(net))
+
+
 def land(net: SuperNet, bops: float, tolerance: float = 0.03) -> Landing:
     """The gates of `net`, moved as little as it takes to cost between (1 - tolerance) * bops and `bops`.
 
@@ -80,8 +85,10 @@ class _Walk:
 
     def run(self) -> Gates:
         best, best_miss = self._copy(), self._miss(_bops(self.net, self.gates))
-        gates = sum(gate.numel() for gate in self.gates.values())
-        for _ in range(4 * gates):  # steps too coarse for the band could go up and down for ever
+        seen: set[bytes] = set()
+        # steps too coarse for the band go round in circles: the same gates always move on to the same gates
+        while (state := self._digest()) not in seen:
+            seen.add(state)
             cost = _bops(self.net, self.gates)
             if self._miss(cost) < best_miss:
                 best, best_miss = self._copy(), self._miss(cost)
@@ -129,6 +136,9 @@ class _Walk:
 
     def _miss(self, cost: float) -> float:
         return max(0.0, cost / self.top - 1, self.floor / cost - 1)
+
+    def _digest(self) -> bytes:
+        return b"".join(self.gates[name].numpy().tobytes() for name in _BANKS)
 
     def _copy(self) -> Gates:
         return {name: gate.clone() for name, gate in self.gates.items()}

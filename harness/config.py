@@ -154,9 +154,12 @@ class SearchConfig(TrainConfig):
         if named != ["lambda"] and self.method == "prune_then_quant":
             raise ValueError(f"{named[0]} is for methods with one search; give prune_then_quant a `lambda`")
         if any(left <= right for left, right in pairwise(self.snapshots)):
-            raise ValueError(f"snapshots = {list(self.snapshots)} must fall, e.g. [0.10, 0.05, 0.03]")
+            raise ValueError(f"snapshots = {list(self.snapshots)} must fall, e.g. [0.05, 0.03, 0.015]")
         if self.snapshots and self.budget is not None and self.budget not in self.snapshots:
-            raise ValueError(f"budget = {self.budget:g} is none of snapshots = {list(self.snapshots)}: choose one")
+            raise ValueError(
+                f"budget = {self.budget:g} is none of snapshots = {list(self.snapshots)}: choose one of them, "
+                "or set snapshots = [] for a search of its own"
+            )
 
 
 def check_nesting(name: str, bits: Sequence[int]) -> None:
@@ -289,14 +292,25 @@ def parse_recipe(tree: Mapping[str, Any], origin: str, overrides: Sequence[str] 
         raise UserError(explain(error, Recipe, origin)) from None
 
 
+DRIVES: tuple[frozenset[str], ...] = (
+    frozenset({"search.lambda"}),
+    frozenset({"search.gbops"}),
+    frozenset({"search.budget", "search.snapshots"}),
+)
+"""The keys that say what drives a search; those of one group go together, those of two exclude one another."""
+
+
 def _drop_other_drives(search: Any, overrides: Sequence[str]) -> None:
     """An override of what drives a search replaces what the recipe says: TOML has no null to unset it with."""
     keys = {override.partition("=")[0].strip() for override in overrides}
-    groups: tuple[set[str], ...] = ({"lambda"}, {"gbops"}, {"budget", "snapshots"})
-    chosen = [group for group in groups if keys & {f"search.{key}" for key in group}]
-    if isinstance(search, dict) and chosen:
-        for key in set().union(*groups) - set().union(*chosen):
-            search.pop(key, None)
+    chosen = [group for group in DRIVES if keys & group]
+    if not isinstance(search, dict) or not chosen:
+        return
+    dropped = frozenset().union(*DRIVES) - frozenset().union(*chosen)
+    if "search.snapshots" in keys:
+        dropped |= {"search.budget"}  # one of the list that is replaced
+    for key in dropped:
+        search.pop(key.removeprefix("search."), None)
 
 
 def _recipe_text(name_or_path: str) -> tuple[str, str]:
@@ -333,11 +347,20 @@ def identity(recipe: Recipe, data_checksum: str) -> dict[str, Any]:
     else:
         ignored = {"sbs_prune": _QUANT_KEYS, "sbs_quant": _PRUNE_KEYS | {"prune_only_bits"}, "sbs": {"prune_only_bits"}}
         tree["search"] = {k: v for k, v in tree["search"].items() if k not in ignored.get(method, set())}
+        tree["search"] = _named_drive(tree["search"])
     tree["run"] = {k: v for k, v in tree["run"].items() if k not in _NEUTRAL_RUN_KEYS}
     tree["data"] = {k: v for k, v in tree["data"].items() if k not in _NEUTRAL_DATA_KEYS} | {"checksum": data_checksum}
     tree["model"]["weights"] = _digest_of_weights(recipe.model.weights)
     tree["stage_format"] = STAGE_FORMAT
     return tree
+
+
+def _named_drive(search: dict[str, Any]) -> dict[str, Any]:
+    """Of what can drive a search only what does; the last snapshot is meant where none is named."""
+    if search["snapshots"] and search["budget"] is None:
+        search = search | {"budget": search["snapshots"][-1]}
+    idle = {key for group in DRIVES for key in group if search[key.removeprefix("search.")] in (None, [])}
+    return {key: value for key, value in search.items() if f"search.{key}" not in idle}
 
 
 def trial_key(recipe: Recipe, data_checksum: str) -> str:

@@ -36,8 +36,7 @@ def stage_key(recipe: Recipe, stage: str, data_checksum: str, init: str | None =
     if stage != "pretrain":
         needed.add("search")
     if stage == "search" and recipe.search.snapshots:
-        # one search for all of its budgets
-        tree["search"] = tree["search"] | {"budget": None}
+        tree["search"].pop("budget", None)  # one search for all of its snapshots
     if stage == "finetune":
         needed.add("finetune")
     return digest({"stage": stage, "init": init} | {key: tree[key] for key in needed})

@@ -3,7 +3,6 @@
 import logging
 import math
 from collections.abc import Callable
-from itertools import pairwise
 from typing import Literal
 
 import torch
@@ -17,6 +16,9 @@ from harness.plan import budgets, takes_budget
 from harness.ranks import Ranks
 
 log = logging.getLogger(__name__)
+
+Note = Callable[[str, int], None]
+"""Records a remark that was made after so many steps of the search."""
 
 TOLERANCE = 0.03
 """A policy lands at most this share below its budget."""
@@ -47,8 +49,8 @@ class Pressure:
         """Lambda of a step."""
         return self._search.lambda_ or 0.0
 
-    def stepped(self) -> None:
-        """Called after every optimiser step, on every rank."""
+    def stepped(self, step: int) -> None:
+        """Called after every optimiser step with its number, on every rank."""
 
     def finish(self) -> dict[str, State]:
         """Called after the last step; states of the networks that were set aside on the way, by their budget."""
@@ -73,9 +75,7 @@ class BudgetPressure(Pressure):
     passing, at the first step at or below it; the last one when the search ends.
     """
 
-    def __init__(
-        self, net: sbs.SuperNet, recipe: Recipe, steps: int, ranks: Ranks, note: Callable[[str], None]
-    ) -> None:
+    def __init__(self, net: sbs.SuperNet, recipe: Recipe, steps: int, ranks: Ranks, note: Note) -> None:
         super().__init__(net, recipe.search)
         self._ranks, self._steps, self._note = ranks, steps, note
         full_bops = sbs.cost(full_precision(recipe), tuple(example_input(recipe).shape[1:])).bops
@@ -98,24 +98,24 @@ class BudgetPressure(Pressure):
         way = min(1.0, (step + 1) / max(1.0, _ARRIVAL * self._steps))
         return self._start + way * (math.log(min(self._goals.values())) - self._start)
 
-    def stepped(self) -> None:
+    def stepped(self, step: int) -> None:
         """Set aside the network for every budget but the last that its BOPs have just passed."""
         *passing, _ = self._goals
         due = [share for share in passing if str(share) not in self._taken]
         if not due:
             return
-        bops = self._bops()
+        bops = sbs.bops_of(self.net)
         for share in due:
             if bops <= self._goals[share]:
-                self._take(share)
+                self._take(share, step + 1)
 
     def finish(self) -> dict[str, State]:
         """Land the network on the last budget, after those that it never passed."""
         *passing, last = self._goals
         for share in passing:
             if str(share) not in self._taken:
-                self._take(share)
-        self.net.load_state_dict(self.net.state_dict() | self._landed(last))
+                self._take(share, self._steps)
+        self.net.load_state_dict(self.net.state_dict() | self._landed(last, self._steps))
         return self._taken
 
     def figures(self) -> dict[str, float]:
@@ -124,25 +124,22 @@ class BudgetPressure(Pressure):
 
     def state(self) -> State:
         """The pressure, and the networks set aside."""
-        return {"magnitude": float(self._magnitude), "taken": self._taken}
+        return {"magnitude": float(self._magnitude), "lambda": float(self._lambda), "taken": self._taken}
 
     def restore(self, state: State) -> None:
         """Go on from a saved state."""
         self._magnitude.fill_(state["magnitude"])
+        self._lambda.fill_(state["lambda"])
         self._taken = dict(state["taken"])
 
-    def _take(self, share: float) -> None:
+    def _take(self, share: float, steps: int) -> None:
         self._ranks.average_norms(self.net)
-        self._taken[str(share)] = to_cpu(self.net.state_dict() | self._landed(share))
+        self._taken[str(share)] = to_cpu(self.net.state_dict() | self._landed(share, steps))
 
-    @torch.no_grad()
-    def _bops(self) -> float:
-        return math.exp(float(sbs.bop_penalty(self.net)))
-
-    def _landed(self, share: float) -> State:
+    def _landed(self, share: float, steps: int) -> State:
         """Gates that meet a budget, for the network's state dict."""
         landing = sbs.land(self.net, self._goals[share], TOLERANCE)
-        found, before = (share * bops / self._goals[share] for bops in (landing.bops, self._bops()))
+        found, before = (share * bops / self._goals[share] for bops in (landing.bops, sbs.bops_of(self.net)))
         gates = sum(tensor.numel() for tensor in landing.state.values())
         text = (
             f"budget of {share:.4g} of full precision's BOPs: the gates came to {before:.4g}, landed on {found:.4g} "
@@ -150,14 +147,13 @@ class BudgetPressure(Pressure):
         )
         if abs(found / share - 1) > TOLERANCE:
             text += f"; missed, for single gates change it by more than {TOLERANCE:.0%}: lower search.group_size"
-            log.warning("%s", text)
-        self._note(text)
+            if self._ranks.main:
+                log.warning("%s", text)
+        self._note(text, steps)
         return landing.state
 
 
-def pressure_of(
-    net: sbs.SuperNet, recipe: Recipe, steps: int, ranks: Ranks, note: Callable[[str], None]
-) -> Pressure:
+def pressure_of(net: sbs.SuperNet, recipe: Recipe, steps: int, ranks: Ranks, note: Note) -> Pressure:
     """What a recipe's search of so many steps is driven by; `note` records a remark."""
     if takes_budget(recipe.search):
         return BudgetPressure(net, recipe, steps, ranks, note)
@@ -171,9 +167,7 @@ def check_budgets(recipe: Recipe) -> None:
     model = full_precision(recipe)
     low, high = sbs.bops_range(supernet(recipe, model))
     full_bops = sbs.cost(model, tuple(example_input(recipe).shape[1:])).bops
-    goals = budgets(recipe.search, full_bops)
-    assert all(left > right for left, right in pairwise(goals))
-    for share in goals:
+    for share in budgets(recipe.search, full_bops):
         if not low / full_bops <= share <= high / full_bops:
             key = "search.gbops" if recipe.search.gbops is not None else "search.budget or search.snapshots"
             raise UserError(

@@ -185,7 +185,7 @@ class _Trial:
         config = stage_config(self.recipe, stage)
         assert config is not None
         steps = config.epochs * self.context.steps_per_epoch()
-        pressure = pressure_of(net, self.recipe, steps, self.ranks, partial(self._note, step=before.step + steps))
+        pressure = pressure_of(net, self.recipe, steps, self.ranks, partial(self._note, before.step))
         return self._train(
             stage,
             net,
@@ -196,8 +196,8 @@ class _Trial:
             remark=partial(idle_gates, self.recipe.search),
         )
 
-    def _note(self, text: str, step: int) -> None:
-        self.context.record("event", 0, step, message=text)
+    def _note(self, start: int, text: str, steps: int) -> None:
+        self.context.record("event", 0, start + steps, message=text)
 
     def _compress(self, before: Outcome) -> Outcome:
         begin_s = time.monotonic()

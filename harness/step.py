@@ -94,7 +94,7 @@ class Stepper:
             losses += loss
         if penalty is not None:
             sums[4] += penalty.detach().double() * len(labels)
-        self._update()
+        self._update(number)
         return sums, losses
 
     def _backward(
@@ -119,7 +119,7 @@ class Stepper:
         imitation = F.kl_div(own, target, reduction="batchmean", log_target=True) * config.distill_temperature**2
         return (1 - config.distill) * loss + config.distill * imitation
 
-    def _update(self) -> None:
+    def _update(self, number: int) -> None:
         net = self.job.net
         self._scaler.unscale_(self._optimizer)
         if self.job.config.clip_norm is not None:
@@ -129,7 +129,7 @@ class Stepper:
         self._optimizer.zero_grad(set_to_none=True)
         sbs.after_step(net)
         if self.job.pressure is not None:
-            self.job.pressure.stepped()
+            self.job.pressure.stepped(number)
         if self._ema is not None:
             self._ema.update_parameters(net)
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from harness import data, ray_cluster
 from harness.config import Recipe
+from harness.plan import takes_budget
 from harness.ray_cluster import Node
 from harness.run_dir import RunDir
 from harness.settings import EXIT_PREEMPTED
@@ -70,7 +71,31 @@ def prepare(space: Space, base: Recipe, runs_dir: Path) -> Sweep:
     sweep = Sweep(planner, planner.plan(), nodes)
     if nodes is not None:
         sweep.at_once(nodes)
+    check_budgets(sweep.planner, sweep.plan)
     return sweep
+
+
+def check_budgets(planner: Planner, plan: Plan) -> None:
+    """Raise `UserError` for a budget that no network of its search space can meet.
+
+    Loads torch where there are budgets: a message now spares the training of the full-precision network.
+    """
+    recipes = [spec.recipe for spec in plan.trials] + planner.ends()
+    steered = {_reach_key(recipe): recipe for recipe in recipes if takes_budget(recipe.search)}
+    if steered:
+        from harness import pressure
+
+        for recipe in steered.values():
+            pressure.check_budgets(recipe)
+
+
+def _reach_key(recipe: Recipe) -> tuple[object, ...]:
+    """Budgets, and what decides whether they can be met: trials that differ in other things need no second look."""
+    search = recipe.search
+    budget = None if search.snapshots else search.budget
+    bits = (search.weight_bits, search.activation_bits, search.prune_only_bits)
+    groups = (search.group_size, search.max_prune_share)
+    return (recipe.model, recipe.data.image_size, search.method, bits, groups, budget, search.gbops, search.snapshots)
 
 
 def dataset(base: Recipe) -> str:

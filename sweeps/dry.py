@@ -11,6 +11,7 @@ from harness import ray_cluster
 from harness.config import Recipe, TrialSpec
 from harness.data.manifest import load_manifest
 from harness.errors import UserError
+from harness.plan import chosen_budget
 from harness.run_dir import RunDir
 from sweeps import driver
 from sweeps.plan import Plan, Planner
@@ -40,7 +41,8 @@ def outlook(space: Space, base: Recipe, runs_dir: Path) -> Outlook:
         remarks.append(f"cannot start here: model.weights = {base.model.weights} is not a file")
         base = base.model_copy(update={"model": base.model.model_copy(update={"weights": None})})
     identities = not remarks
-    plan = Planner(space, base, (runs_dir / space.name).resolve(), checksum).plan()
+    planner = Planner(space, base, (runs_dir / space.name).resolve(), checksum)
+    plan = planner.plan()
     at_once = None
     if not ray_cluster.uses_existing_cluster():
         nodes = ray_cluster.local_nodes(gpus=base.run.gpus_per_worker > 0)
@@ -49,6 +51,10 @@ def outlook(space: Space, base: Recipe, runs_dir: Path) -> Outlook:
             at_once = min(concurrency(demand, nodes, space.name, space.max_concurrent) for demand in demands)
         except UserError as error:
             remarks.append(f"cannot start here: {error}")
+    try:
+        driver.check_budgets(planner, plan)
+    except UserError as error:
+        remarks.append(f"cannot start: {error}")
     return Outlook(plan, identities, at_once, tuple(remarks))
 
 
@@ -77,9 +83,11 @@ def show(space: Space, seen: Outlook) -> None:
 
 
 def epochs(recipe: Recipe) -> int:
-    """Epochs of training that a trial adds to its full-precision network, or that network's own."""
+    """Epochs of training that a trial adds to its full-precision network and to a search that it shares, or its own."""
     if recipe.search.method == "full_precision":
         return recipe.pretrain.epochs
+    if chosen_budget(recipe.search) is not None:
+        return recipe.finetune.epochs
     return recipe.search.epochs + recipe.finetune.epochs
 
 

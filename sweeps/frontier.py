@@ -22,7 +22,7 @@ class Row:
     """One finished trial: `top1`, `top5` in percent, `gbops` in 1e9 bit-operations, `pruned_share` of channels, 0 to 1.
 
     `trial` is the trial's identity (the MLflow tag `harness.key`), `point` the same without the seed; `data` names the
-    data set: rows of different data sets are never compared.
+    data set: rows of different data sets are never compared. `target`: the budget that a search without lambda had.
     """
 
     experiment: str
@@ -42,6 +42,7 @@ class Row:
     pruned_share: float
     params: int
     convention: str
+    target: str = ""
 
     @classmethod
     def of(cls, experiment: str, result: Mapping[str, Any]) -> "Row":
@@ -65,7 +66,13 @@ class Row:
             pruned_share=_rounded(result, "pruned_share"),
             params=int(result["params"]),
             convention=str(result["convention"]),
+            target=str(result.get("target", "")),
         )
+
+    @property
+    def drive(self) -> str:
+        """What drove the search, as tables show it: lambda, or the budget it had; empty without a search."""
+        return self.target if self.lambda_ is None else f"{self.lambda_:g}"
 
     @property
     def family(self) -> tuple[str, str]:
@@ -102,6 +109,7 @@ class SeedGroup:
     model: str
     method: str
     lambda_: float | None
+    drive: str
     seeds: int
     top1_mean: float
     top1_std: float
@@ -179,5 +187,5 @@ def _seed_group(rows: Sequence[Row]) -> SeedGroup:
     reduction = statistics.fmean(row.bop_reduction for row in rows)
     first = rows[0]
     return SeedGroup(
-        first.experiment, first.model, first.method, first.lambda_, len(rows), *top1, *gbops, reduction
+        first.experiment, first.model, first.method, first.lambda_, first.drive, len(rows), *top1, *gbops, reduction
     )  # fmt: skip

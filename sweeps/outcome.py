@@ -31,7 +31,8 @@ TEXTS: dict[str, Callable[[Frontier], str]] = {
     "pareto.tex": report.as_latex,
     "pareto.html": report.as_html,
 }
-NUMERIC = {*report.HEADERS} - {"model", "method", "trial", "frontier"}
+WORDS = {"model", "method", "trial", "frontier"}
+"""Columns of text; the others hold numbers and stand to the right."""
 
 
 def from_folders(folders: Sequence[Path]) -> Frontier:
@@ -133,16 +134,16 @@ def words(ending: Ending) -> str:
 def show_table(frontier: Frontier) -> None:
     """The table on the terminal; the Pareto set is marked and bold."""
     table = Table(box=box.SIMPLE_HEAD, title=f"{', '.join(frontier.experiments)}", title_justify="left")
-    for header in report.HEADERS:
-        table.add_column(header, justify="right" if header in NUMERIC else "left", no_wrap=True)
+    for header in report.headers(frontier):
+        table.add_column(header, justify="left" if header in WORDS else "right", no_wrap=True)
     for row in frontier.rows:
         table.add_row(*report.cells(frontier, row), style="bold" if frontier.is_best(row) else None)
     console = _console(wide=True)
     console.print(table)
     if groups := report.seed_groups(frontier):
         spread = Table(box=box.SIMPLE_HEAD, title="mean and spread over seeds", title_justify="left")
-        for header in report.SEED_HEADERS:
-            spread.add_column(header, justify="left" if header in ("model", "method") else "right", no_wrap=True)
+        for header in report.headers(frontier, report.SEED_HEADERS):
+            spread.add_column(header, justify="left" if header in WORDS else "right", no_wrap=True)
         for group in groups:
             spread.add_row(*report.seed_cells(group))
         console.print(spread)

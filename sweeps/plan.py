@@ -35,6 +35,14 @@ class Plan:
         """All waves."""
         return self.first + self.rest + self.last
 
+    def search_of(self, spec: TrialSpec) -> TrialSpec | None:
+        """The trial of `rest` that runs the search whose snapshot `spec` is about; None if `spec` has to search itself.
+
+        That happens where a space names budgets one by one and leaves out the last of the snapshots.
+        """
+        wanted = _for_all_snapshots(spec.recipe)
+        return next((other for other in self.rest if _for_all_snapshots(other.recipe) == wanted), None)
+
 
 @dataclass(frozen=True)
 class Planner:
@@ -55,10 +63,16 @@ class Planner:
         known = self.known_points()
         if known:
             return self.of_points(known)
+        return Plan((self.full_precision(self.ends()[0]),), ())
+
+    def ends(self) -> list[Recipe]:
+        """Recipes at both ends of all that Optuna may ask for; none where all points are known."""
+        if self.space.search.algorithm != "optuna":
+            return []
         method, seed = self.space.methods[0], self.space.seeds[0]
-        example = {key: axis[0] if isinstance(axis, tuple) else axis.example() for key, axis in self.space.axes.items()}
-        full = self.full_precision(recipe_at(self.base, self.space, example, method=method, seed=seed))
-        return Plan((full,), ())
+        values = {k: axis if isinstance(axis, tuple) else axis.values() for k, axis in self.space.axes.items()}
+        points = [{key: each[end] for key, each in values.items()} for end in (0, -1)]
+        return [recipe_at(self.base, self.space, point, method=method, seed=seed) for point in points]
 
     def at(self, point: Point) -> TrialSpec:
         """The one trial at a point that Optuna suggests."""
@@ -114,6 +128,10 @@ class Planner:
         """The trial's folder: the one it had before, whatever its label was then, or a new one."""
         before = sorted((self.folder / "trials").glob(f"*-{key[:8]}"))
         return before[0] if before else (self.folder / "trials" / f"{label}-{key[:8]}").resolve()
+
+
+def _for_all_snapshots(recipe: Recipe) -> Recipe:
+    return recipe.model_copy(update={"search": recipe.search.model_copy(update={"budget": None})})
 
 
 def with_absolute_paths(recipe: Recipe) -> Recipe:

@@ -95,6 +95,8 @@ def _draw_family(axes: "Axes", frontier: Frontier, family: tuple[str, str], colo
 def _tag(row: Row) -> str:
     if row.lambda_ is not None:
         return f"λ={row.lambda_:g}"
+    if row.target:
+        return row.target
     return row.method.removeprefix("uniform_") + " bits" if row.method.startswith("uniform_") else ""
 
 

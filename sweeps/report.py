@@ -32,12 +32,18 @@ def record(frontier: Frontier, row: Row) -> dict[str, Any]:
     return {name: values[name] for name in FIELDS}
 
 
+def headers(frontier: Frontier, names: Sequence[str] = HEADERS) -> list[str]:
+    """The names of a table's columns for people; where searches had budgets, the column of lambda says so."""
+    drive = "lambda or budget" if any(row.target for row in frontier.rows) else "lambda"
+    return [drive if name == "lambda" else name for name in names]
+
+
 def cells(frontier: Frontier, row: Row) -> list[str]:
-    """One row as people read it, in the order of `HEADERS`."""
+    """One row as people read it, in the order of `headers`."""
     return [
         row.model,
         row.method,
-        "" if row.lambda_ is None else f"{row.lambda_:g}",
+        row.drive,
         str(row.seed),
         f"{row.top1:.2f}",
         f"{row.top5:.2f}",
@@ -95,11 +101,11 @@ def as_csv(frontier: Frontier) -> str:
 
 def as_markdown(frontier: Frontier) -> str:
     """pareto.md: the table, the spread over seeds where there are several, and the notes."""
-    parts = [f"# {', '.join(frontier.experiments)}", _markdown_table(HEADERS, _body(frontier))]
+    parts = [f"# {', '.join(frontier.experiments)}", _markdown_table(headers(frontier), _body(frontier))]
     if groups := seed_groups(frontier):
         parts += [
             "## Mean and spread over seeds",
-            _markdown_table(SEED_HEADERS, [seed_cells(group) for group in groups]),
+            _markdown_table(headers(frontier, SEED_HEADERS), [seed_cells(group) for group in groups]),
         ]
     parts += ["\n".join(f"- {line}" for line in notes(frontier))]
     return "\n\n".join(parts) + "\n"
@@ -107,10 +113,14 @@ def as_markdown(frontier: Frontier) -> str:
 
 def as_latex(frontier: Frontier) -> str:
     """pareto.tex: a `tabular` to \\input; needs no package."""
-    rows = [_latex_line(HEADERS), r"\hline", *(_latex_line(row) for row in _body(frontier))]
+    rows = [_latex_line(headers(frontier)), r"\hline", *(_latex_line(row) for row in _body(frontier))]
     parts = [_tabular("lllr" + "r" * 8 + "ll", rows)]
     if groups := seed_groups(frontier):
-        lines = [_latex_line(SEED_HEADERS), r"\hline", *(_latex_line(seed_cells(group)) for group in groups)]
+        lines = [
+            _latex_line(headers(frontier, SEED_HEADERS)),
+            r"\hline",
+            *(_latex_line(seed_cells(group)) for group in groups),
+        ]
         parts.append(_tabular("lllrrrr", lines))
     parts += [f"% {line}" for line in notes(frontier)]
     return "\n".join(parts) + "\n"
@@ -123,12 +133,12 @@ def as_html(frontier: Frontier) -> str:
         f"<tr{' class=best' if cells_[-1] else ''}>{''.join(f'<td>{html.escape(c)}</td>' for c in cells_)}</tr>"
         for cells_ in _body(frontier)
     ]
-    parts = [_html_table(HEADERS, body)]
+    parts = [_html_table(headers(frontier), body)]
     if groups := seed_groups(frontier):
         spread = [
             "<tr>" + "".join(f"<td>{html.escape(c)}</td>" for c in seed_cells(group)) + "</tr>" for group in groups
         ]
-        parts += ["<h2>Mean and spread over seeds</h2>", _html_table(SEED_HEADERS, spread)]
+        parts += ["<h2>Mean and spread over seeds</h2>", _html_table(headers(frontier, SEED_HEADERS), spread)]
     parts += [f"<p>{html.escape(line)}</p>" for line in notes(frontier)]
     head = f"<!doctype html>\n<meta charset=utf-8>\n<title>{title}</title>\n<style>{STYLE}</style>\n<h1>{title}</h1>"
     return "\n".join([head, *parts]) + "\n"
@@ -152,7 +162,7 @@ def seed_cells(group: SeedGroup) -> list[str]:
     return [
         group.model,
         group.method,
-        "" if group.lambda_ is None else f"{group.lambda_:g}",
+        group.drive,
         str(group.seeds),
         f"{group.top1_mean:.2f} ± {group.top1_std:.2f}",
         f"{group.gbops_mean:.4g} ± {group.gbops_std:.2g}",

@@ -5,14 +5,14 @@ import json
 import math
 import random
 import tomllib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, ValidationError, model_validator
 
-from harness.config import Method, Recipe, Section, explain, load_recipe, parse_recipe
+from harness.config import DRIVES, Method, Recipe, Section, explain, load_recipe, parse_recipe
 from harness.errors import UserError, nearest, require_file
 
 Point = dict[str, Any]
@@ -39,10 +39,9 @@ class Distribution(Section):
             raise ValueError("choice must not be empty")
         return self
 
-    def example(self) -> Any:
-        """Any one value, the first or the lowest."""
-        bounds = self.choice or self.uniform or self.log_uniform or ()
-        return bounds[0]
+    def values(self) -> tuple[Any, ...]:
+        """The choices, or the lowest and the highest value."""
+        return self.choice or self.uniform or self.log_uniform or ()
 
     def draw(self, generator: random.Random) -> Any:
         """One value; log-uniform ones are rounded to 6 significant digits so that they read well and hash stably."""
@@ -140,8 +139,6 @@ class Space(Section):
                 raise ValueError(f"optuna varies search.* and finetune.* only (one full-precision network), not {key}")
         if self.scheduler.name != "fifo":
             raise ValueError("optuna needs the final BOPs of every trial: use scheduler.name = 'fifo'")
-        if "search.snapshots" in {*self.axes, *self.set}:
-            raise ValueError("optuna asks for one network at a time: give search.budget, not search.snapshots")
 
     def points(self) -> Iterator[Point]:
         """Every combination of the axes (grid) or `samples` draws (random); none for optuna, which asks as it goes."""
@@ -190,13 +187,48 @@ def load_space(name_or_path: str | Path, *, name: str | None = None) -> Space:
 def base_recipe(space: Space, overrides: Sequence[str] = ()) -> Recipe:
     """The recipe that all trials share: the named one, the space's [set], then `overrides`.
 
-    Raises `UserError` if an override touches an axis, which would be silently overwritten.
+    Raises `UserError` if an override touches an axis, which would be silently overwritten, and for snapshots where one
+    search cannot serve several trials.
     """
-    for override in overrides:
-        key = override.partition("=")[0].strip()
+    keys = [override.partition("=")[0].strip() for override in overrides]
+    for key, override in zip(keys, overrides, strict=True):
         if key in space.axes or key in ("search.method", "run.seed"):
             raise UserError(f"--set {override}: {key} is varied by space {space.name!r}; change it in the space's file")
-    return load_recipe(space.recipe, [f"{key}={json.dumps(value)}" for key, value in space.set.items()] + [*overrides])
+    _check_one_drive(space, keys)
+    given = {key: value for key, value in space.set.items() if not _other_drive(key, keys)}
+    base = load_recipe(space.recipe, [f"{key}={json.dumps(value)}" for key, value in given.items()] + [*overrides])
+    if base.search.snapshots or "search.snapshots" in space.axes:
+        _check_snapshots(space)
+    return base
+
+
+def _other_drive(key: str, keys: Iterable[str]) -> bool:
+    """Whether `key` says what drives a search while one of `keys` says something else."""
+    return any(key in group and bool(_drives(keys) - group) for group in DRIVES)
+
+
+def _check_one_drive(space: Space, overrides: Sequence[str]) -> None:
+    """A recipe's lambda gives way to a space's budget; within one space such a silent change would be a mistake."""
+    for key in [*space.set, *overrides]:
+        if _other_drive(key, space.axes):
+            varied = ", ".join(sorted(_drives(space.axes)))
+            raise UserError(
+                f"space {space.name!r} varies {varied}, and {key} is set: each says what drives the search; keep one"
+            )
+
+
+def _drives(keys: Iterable[str]) -> set[str]:
+    return set(keys) & set().union(*DRIVES)
+
+
+def _check_snapshots(space: Space) -> None:
+    if space.search.algorithm == "optuna":
+        raise UserError("optuna asks for one network at a time: give search.budget, not search.snapshots")
+    if space.scheduler.name != "fifo":
+        raise UserError(
+            f"scheduler {space.scheduler.name!r} would stop a search together with all of its snapshots: use 'fifo', "
+            "or give search.budget for a search per network"
+        )
 
 
 def recipe_at(base: Recipe, space: Space, point: Point, *, method: str, seed: int) -> Recipe:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from harness import ray_cluster
 from harness.config import TrialSpec
+from harness.plan import chosen_budget
 from harness.progress import Board
 from harness.run_dir import RunDir, write_json
 from harness.tracking.mirror import Mirror
@@ -100,11 +101,23 @@ class Waves:
         run_search(planner, samples, points[:samples], settings)
 
     def _startable(self, specs: Sequence[TrialSpec]) -> list[TrialSpec]:
-        ready = [spec for spec in specs if spec.init is None or Path(spec.init).is_file()]
+        ready = []
         for spec in specs:
-            if spec not in ready:
-                self._on_end(Ending(spec, "failed", 0.0, "its full-precision network did not finish"))
+            if (missing := self._missing(spec)) is None:
+                ready.append(spec)
+            else:
+                self._on_end(Ending(spec, "failed", 0.0, missing))
         return ready
+
+    def _missing(self, spec: TrialSpec) -> str | None:
+        """What a trial starts from and does not find, in words."""
+        if spec.init is not None and not Path(spec.init).is_file():
+            return "its full-precision network did not finish"
+        if chosen_budget(spec.recipe.search) is not None:
+            search = self._sweep.plan.search_of(spec)
+            if search is not None and not _has_searched(RunDir(search.run_dir)):
+                return f"the search that it is a snapshot of did not finish: {search.label}"
+        return None
 
     def _on_begin(self, spec: TrialSpec) -> None:
         run, name = RunDir(spec.run_dir).create(), self._sweep.space.name
@@ -121,3 +134,7 @@ class Waves:
             write_json(run.path / "wall.json", {"wall_s": ending.wall_s})
         self._mirror.ended(run, STATUS[ending.ended])
         self._board.ended(run, f"{ending.spec.label}: {outcome.words(ending)}")
+
+
+def _has_searched(run: RunDir) -> bool:
+    return run.result_path.is_file() or (run.stages / "search.pt").is_file()

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from harness.config import digest
+from harness.config import digest, searches
 from harness.run_dir import RunDir, read_json
 
 KEY_TAG = "harness.key"
@@ -36,7 +36,9 @@ LAYER_COLUMNS = (
     "bops", "params", "bytes",
 )  # fmt: skip
 # What a row of a table needs; the same keys come from a store and from a run directory.
-SUMMARY_KEYS = ("key", "label", "model", "data", "seed", "method", "lambda", "point", "convention", *FINAL_METRICS)
+SUMMARY_KEYS = (
+    "key", "label", "model", "data", "seed", "method", "lambda", "target", "point", "convention", *FINAL_METRICS,
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -107,9 +109,19 @@ def tags(run: RunDir, config: Mapping[str, Any]) -> dict[str, str]:
 
 
 def method_uses_lambda(config: Mapping[str, Any]) -> bool:
-    """Whether the trial's method searches under lambda; baselines without a search have none."""
-    method = str(config.get("search", {}).get("method", ""))
-    return not (method == "full_precision" or method.startswith("uniform_"))
+    """Whether the trial's method searches, under lambda or towards a budget; baselines have neither."""
+    return searches(str(config.get("search", {}).get("method", "")))
+
+
+def target(method: str, search: Mapping[str, Any]) -> str:
+    """What a search with a budget aims at, for people: `budget 0.05`, `snapshot 0.05`, `35 GBOPs`; else nothing."""
+    if not searches(method) or search.get("lambda") is not None:
+        return ""
+    if search.get("gbops") is not None:
+        return f"{search['gbops']:g} GBOPs"
+    snapshots = search.get("snapshots") or ()
+    budget = search.get("budget") or (snapshots[-1] if snapshots else None)
+    return "" if budget is None else f"{'snapshot' if snapshots else 'budget'} {budget:g}"
 
 
 def point(config: Mapping[str, Any]) -> str:
@@ -132,7 +144,8 @@ def summary(run: RunDir) -> dict[str, Any] | None:
     result, config = run.result(), read_json(run.config_path)
     if result is None or config is None:
         return None
-    own = {"data": str(config["data"]["source"]), "point": point(config)}
+    search = config["search"]
+    own = {"data": str(config["data"]["source"]), "point": point(config), "target": target(search["method"], search)}
     return {name: own[name] if name in own else result.get(name) for name in SUMMARY_KEYS}
 
 

@@ -20,6 +20,7 @@ from harness.tracking.record import (
     POINT_TAG,
     ROLE_TAG,
     Sample,
+    target,
 )
 
 if TYPE_CHECKING:
@@ -250,7 +251,16 @@ def _summary(run: Any) -> dict[str, Any]:
         "seed": int(params["seed"]),
         "method": params["method"],
         "lambda": float(params["lambda"]) if "lambda" in params else None,
+        "target": target(params["method"], _search_section(params)),
         "point": tags[POINT_TAG],
         "convention": tags[CONVENTION_TAG],
     }
     return row | {name: metrics.get(f"final/{name}") for name in FINAL_METRICS}
+
+
+def _search_section(params: Mapping[str, str]) -> dict[str, Any]:
+    """What drives a search, back from its parameters as text."""
+    text = {key: params.get(f"search.{key}") for key in ("budget", "gbops", "snapshots")} | {
+        "lambda": params.get("lambda")
+    }
+    return {key: json.loads(value) for key, value in text.items() if value is not None}

@@ -16,6 +16,8 @@ from harness.checkpoint import State, to_cpu
 from harness.context import Context
 from harness.data.loader import Loader
 from harness.errors import TrainingError
+from harness.layers_log import layers_of
+from harness.machine import Sampler
 from harness.metrics import Scores, Stopwatch
 from harness.step import Job, Stepper
 from harness.watch import StepProfiler
@@ -50,6 +52,7 @@ class StageLoop:
         self._profiler = StepProfiler(
             context.run.path / f"trace-{job.stage}.json", run.profile_steps if ranks.main else 0
         )
+        self._machine = Sampler(ranks.device)
         self._fault = ""
         self._losses: deque[tuple[torch.Tensor, int, int]] = deque()
         self._begin_s = self._last_checkpoint_s = time.monotonic()
@@ -116,11 +119,11 @@ class StageLoop:
         metrics |= scores.named(stage) | self._telemetry() | {f"{stage}/lr": self.stepper.lr}
         if self.job.pressure is not None:
             metrics |= {f"{stage}/penalty": penalty / images} | self.job.pressure.figures()
-        metrics |= speed
+        metrics |= speed | self._machine.sample()
         self._sums.zero_()
         self.at = Position(self.at.epoch + 1, 0, self.at.step)
         step, epochs = self.global_step(), self.job.config.epochs
-        self.context.record("metrics", self.at.epoch, step, metrics)
+        self.context.record("metrics", self.at.epoch, step, metrics, **layers_of(self.job.net))
         self.context.progress(self.at.epoch, epochs, step, speed["speed/images_per_s"], now=True)
         self._keep_best(scores)
         self._warn_once(metrics)

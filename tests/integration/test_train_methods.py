@@ -134,9 +134,26 @@ def test_every_epoch_tells_the_figures_of_the_search(finished: Any):
     for name in [
         "search/loss", "search/top1", "search/top5", "search/val_loss", "search/penalty", "search/lr", "gates/flips",
         "gates/open_weight_8", "gates/open_activation_4", "gates/open_channel", "speed/images_per_s", "speed/step_s",
-        "speed/data_wait_share", "speed/peak_rss_bytes",
+        "speed/data_wait_share", "speed/peak_rss_bytes", "system/cpu_percent", "system/rss_gib",
     ]:  # fmt: skip
         assert name in search
+
+
+def test_every_epoch_of_a_search_tells_what_each_layer_costs(finished: Any):
+    result, run = finished("sbs")
+    records = [record for record in run.metrics() if record["kind"] == "metrics"]
+    searched = [record["layers"] for record in records if record["stage"] == "search"]
+    assert len(searched) == 1
+    assert all("layers" not in record for record in records if record["stage"] != "search")
+    # the last epoch's gates are the ones that were frozen
+    final = {layer["name"]: layer for layer in result["layers"]}
+    for name, weight_bits, activation_bits, kept, bops in searched[-1]:
+        layer = final[name]
+        assert (weight_bits, activation_bits, kept) == (
+            layer["weight_bits"], layer["activation_bits"], layer["kept_out"]
+        )  # fmt: skip
+        assert bops == layer["macs"] * weight_bits * activation_bits
+    assert sum(row[-1] for row in searched[-1]) == pytest.approx(result["gbops"] * 1e9)
 
 
 def test_alternating_gradient_gives_each_side_its_turn(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

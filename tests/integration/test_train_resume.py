@@ -20,6 +20,7 @@ from harness.step import Stepper
 from tests.integration import tiny
 
 pytestmark = [pytest.mark.ffcv, pytest.mark.integration]
+MACHINE = ("speed/", "system/")
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -50,9 +51,10 @@ def trace(run: RunDir) -> dict[str, Any]:
         "weights": weights_digest(load_weights(run.weights_path)),
         "policy": json.loads(run.policy_path.read_text()) if run.policy_path.exists() else None,
         "metrics": [
-            (r["stage"], r["epoch"], r["step"], {k: v for k, v in r["metrics"].items() if not k.startswith("speed/")})
+            (r["stage"], r["epoch"], r["step"], {k: v for k, v in r["metrics"].items() if not k.startswith(MACHINE)})
             for r in records
         ],
+        "layers": [r.get("layers") for r in records],
         "result": {k: v for k, v in result.items() if k not in {"timings_s", "stack", "label", "key"}},
     }
 

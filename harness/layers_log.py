@@ -1,0 +1,21 @@
+"""What every layer of a super-network costs as its gates stand: recorded after each epoch of a search."""
+
+from typing import Any
+
+from torch import nn
+
+import sbs
+from sbs.cost import cost_of
+
+COLUMNS = ("name", "weight_bits", "activation_bits", "kept_out", "bops")
+
+
+def layers_of(net: nn.Module) -> dict[str, Any]:
+    """{"layers": [a list of `COLUMNS` for each layer]} for a super-network, {} for any other network.
+
+    BOPs for one image by the convention mac_product. Pure arithmetic over the gates: milliseconds, no forward pass.
+    """
+    if not isinstance(net, sbs.SuperNet):
+        return {}
+    report = cost_of(net.graph, sbs.freeze(net), (), "mac_product")
+    return {"layers": [[getattr(layer, name) for name in COLUMNS] for layer in report.layers]}

@@ -19,7 +19,7 @@ class Sampler:
         self._before = (time.monotonic(), _cpu_s())
 
     def sample(self) -> dict[str, float]:
-        """CPU of this process in percent (100 is one core), load of the machine, memory in GiB; the GPU if there is one.
+        """CPU of this process in percent (100 is one core), machine load, memory in GiB; the GPU if there is one.
 
         `system/gpu_percent` needs the package pynvml (nvidia-ml-py) and is left out without it.
         """

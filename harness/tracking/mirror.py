@@ -18,7 +18,7 @@ from harness.run_dir import RunDir, parse_records, read_json, write_json
 from harness.tracking import model, picture, record
 from harness.tracking.store import Status, Store, StoreError
 
-ARTIFACTS = ("config.json", "provenance.json", "policy.json", "result.json", "error.json", "layers.png")
+ARTIFACTS = ("config.json", "provenance.json", "policy.json", "result.json", "error.json", "layers.png", "search.png")
 
 
 @dataclass(frozen=True)
@@ -275,6 +275,10 @@ def _finish(store: Store, trial: _Trial, config: dict[str, Any], records: Sequen
         store.log_texts(run_id, {"layers.csv": record.layer_csv(layers)})
         store.log_table(run_id, "layers.json", record.layer_table(layers))
         picture.ensure(run)
+    points = record.layer_history(records)
+    if points:
+        store.log_texts(run_id, {"search.csv": record.history_csv(points)})
+        picture.draw_search(points, run.path / "search.png")
     store.log_files(run_id, [run.path / name for name in ARTIFACTS if (run.path / name).is_file()])
     store.log(run_id, tags=record.tags(run, config))
     span = record.span_ms(records)

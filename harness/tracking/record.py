@@ -9,7 +9,7 @@ import io
 import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -161,6 +161,38 @@ def layer_csv(layers: Sequence[Mapping[str, Any]]) -> str:
 def layer_table(layers: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """The per-layer table in the split form that the MLflow UI shows as a table."""
     return {"columns": list(LAYER_COLUMNS), "data": [[layer.get(name) for name in LAYER_COLUMNS] for layer in layers]}
+
+
+@dataclass(frozen=True)
+class LayerPoint:
+    """One layer as its gates stood after an epoch of a search; `step` is of all stages, `bops` is of one image."""
+
+    stage: str
+    epoch: int
+    step: int
+    name: str
+    weight_bits: int
+    activation_bits: int
+    kept_out: int
+    bops: float
+
+
+def layer_history(records: Sequence[Mapping[str, Any]]) -> list[LayerPoint]:
+    """What the records of a search say about its layers, epoch by epoch, layer by layer."""
+    return [
+        LayerPoint(record["stage"], record["epoch"], record["step"], *layer)
+        for record in records
+        for layer in record.get("layers", ())
+    ]
+
+
+def history_csv(points: Sequence[LayerPoint]) -> str:
+    """`layer_history` as CSV, one line for each layer and epoch."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow([field.name for field in fields(LayerPoint)])
+    writer.writerows(astuple(point) for point in points)
+    return text.getvalue()
 
 
 def span_ms(records: Sequence[Mapping[str, Any]]) -> tuple[int, int] | None:

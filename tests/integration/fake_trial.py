@@ -53,7 +53,8 @@ def write_trial(spec: TrialSpec, *, epochs: int = 3, finish: bool = True, time_s
         seq = 2 * epoch - 1
         base = {"time": time_s + epoch, "stage": "search", "epoch": epoch, "step": 10 * epoch}
         metrics = {"search/loss": 1.0 / epoch, "search/top1": 90.0 + epoch}
-        records += [{"seq": seq, **base, "kind": "metrics", "metrics": metrics}]
+        layers = [[name, 8, 8, 16, 64_000.0 / epoch] for name in LAYERS]
+        records += [{"seq": seq, **base, "kind": "metrics", "metrics": metrics, "layers": layers}]
         records += [{"seq": seq + 1, **base, "kind": "checkpoint", "metrics": {}, "covers": seq}]
     import json
 

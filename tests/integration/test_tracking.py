@@ -154,6 +154,7 @@ def test_a_lost_store_is_rebuilt_and_twice_gives_the_same(tmp_path: Path):
     assert set(original) == {"exp", "trial0", "trial1", "trial2"}
     assert original["trial1"]["status"] == "FINISHED"
     assert original["trial1"]["end"] == 1700000003000
+    assert {"policy.json", "layers.png", "search.png", "search.csv"} <= set(original["trial1"]["files"])
     shutil.rmtree(tmp_path / "first")
     rebuilt = sqlite_store(tmp_path / "second")
     assert sync_sweep(rebuilt, folder) == 3

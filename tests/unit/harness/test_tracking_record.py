@@ -3,7 +3,7 @@ from pathlib import Path
 
 from harness.config import load_recipe
 from harness.run_dir import RunDir, write_json
-from harness.tracking import record
+from harness.tracking import picture, record
 
 
 def entry(seq: int, kind: str = "metrics", **more: object) -> dict:
@@ -70,6 +70,27 @@ def test_layer_tables_hold_the_same_cells():
     assert header.split(",") == table["columns"]
     assert line.split(",")[:3] == ["conv1", "conv", "8"]
     assert table["data"][0][:3] == ["conv1", "conv", 8]
+
+
+def test_the_layers_of_a_search_come_out_as_a_table_and_a_picture(tmp_path: Path):
+    records = [
+        entry(1, metrics={"search/loss": 1.0}, layers=[["conv1", 8, 8, 16, 64e6], ["fc", 8, 8, 10, 1e6]]),
+        entry(2, metrics={"search/loss": 0.5}, layers=[["conv1", 2, 4, 12, 6e6], ["fc", 8, 8, 10, 1e6]]),
+        entry(3, metrics={"finetune/loss": 0.5}),
+    ]
+    points = record.layer_history(records)
+    assert [(p.step, p.name, p.weight_bits, p.kept_out, p.bops) for p in points if p.name == "conv1"] == [
+        (10, "conv1", 8, 16, 64e6),
+        (20, "conv1", 2, 12, 6e6),
+    ]
+    lines = record.history_csv(points).splitlines()
+    assert lines[0] == "stage,epoch,step,name,weight_bits,activation_bits,kept_out,bops"
+    assert lines[3] == "search,1,20,conv1,2,4,12,6000000.0"
+    picture.draw_search(points, tmp_path / "search.png")
+    first = (tmp_path / "search.png").read_bytes()
+    assert first.startswith(b"\x89PNG")
+    picture.draw_search(points[:1], tmp_path / "search.png")  # one epoch, one colour
+    assert (tmp_path / "search.png").read_bytes() != first
 
 
 def test_final_values_are_stamped_with_the_last_record():

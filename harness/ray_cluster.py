@@ -1,5 +1,6 @@
 """A Ray cluster to run on: the one that RAY_ADDRESS names, or a private one on this machine while it lasts."""
 
+import json
 import os
 import secrets
 import shutil
@@ -10,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from harness.errors import UserError
+from harness.settings import RAY_SUBMISSION_VARIABLE
 
 # How Train and Tune behave, on any cluster. A worker group may start slowly on a busy machine: with the default of 60 s
 # Train would start over for ever.
@@ -84,8 +86,9 @@ def _existing() -> Iterator[list[Node]]:
     import ray
 
     address = os.environ["RAY_ADDRESS"]
+    variables = SETTINGS | _submission()
     try:
-        ray.init(address=address, log_to_driver=False, logging_level="ERROR", runtime_env={"env_vars": SETTINGS})
+        ray.init(address=address, log_to_driver=False, logging_level="ERROR", runtime_env={"env_vars": variables})
     except (ConnectionError, RuntimeError, ValueError) as error:
         raise UserError(f"cannot join the Ray cluster at RAY_ADDRESS={address}: {error}") from None
     try:
@@ -93,6 +96,13 @@ def _existing() -> Iterator[list[Node]]:
         yield [Node(found.get("CPU", 0.0), found.get("GPU", 0.0)) for found in alive]
     finally:
         ray.shutdown()
+
+
+def _submission() -> dict[str, str]:
+    """What `ray job submit` calls this driver, for its workers to know; Ray tells the driver alone."""
+    told = json.loads(os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}"))
+    name = (told.get("metadata") or {}).get("job_submission_id")
+    return {RAY_SUBMISSION_VARIABLE: str(name)} if name else {}
 
 
 def _private(node: Node) -> Iterator[list[Node]]:

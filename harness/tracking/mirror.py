@@ -279,7 +279,8 @@ def _finish(store: Store, trial: _Trial, config: dict[str, Any], records: Sequen
     if points:
         store.log_texts(run_id, {"search.csv": record.history_csv(points)})
         picture.draw_search(points, run.path / "search.png")
-    store.log_files(run_id, [run.path / name for name in ARTIFACTS if (run.path / name).is_file()])
+    files = [run.path / name for name in ARTIFACTS]
+    store.log_files(run_id, [path for path in files if path.is_file()] + sorted(run.path.glob("changes-*.diff")))
     store.log(run_id, tags=record.tags(run, config))
     span = record.span_ms(records)
     assert status is not None

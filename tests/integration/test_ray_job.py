@@ -85,6 +85,11 @@ def test_sweep_as_a_ray_job_from_a_clean_clone(tmp_path: Path, cluster: dict[str
     assert row["method"] == "full_precision"
     assert row["gbops"] == pytest.approx(40_813_184 * 1024 / 1e9, rel=1e-4)  # ResNet-20's MACs for ten classes
     assert not (clone / "runs").exists()
+    (provenance,) = out.glob("one/trials/*/provenance.json")
+    told = json.loads(provenance.read_text())["starts"][-1]["job"]
+    assert told["RAY_SUBMISSION_ID"].startswith("raysubmit_")
+    assert told["RAY_JOB_ID"]
+    assert told["RAY_NODE_ID"]
 
     wrong = tmp_path / "wrong"
     wrong.write_text("0" * 64)

@@ -144,7 +144,8 @@ def wait_until(condition: object, limit_s: float = 60.0) -> None:
 def test_a_lost_store_is_rebuilt_and_twice_gives_the_same(tmp_path: Path):
     folder = describe_sweep(tmp_path)
     for number in range(3):
-        write_trial(spec(tmp_path, number))
+        run = write_trial(spec(tmp_path, number))
+        (run.path / "changes-0123abcd.diff").write_text("-a\n+b\n")
     first = sqlite_store(tmp_path / "first")
     with Mirror(first, PLACE, folder, poll_s=0.1) as mirror:
         for run in sorted((folder / "trials").iterdir()):
@@ -154,7 +155,9 @@ def test_a_lost_store_is_rebuilt_and_twice_gives_the_same(tmp_path: Path):
     assert set(original) == {"exp", "trial0", "trial1", "trial2"}
     assert original["trial1"]["status"] == "FINISHED"
     assert original["trial1"]["end"] == 1700000003000
-    assert {"policy.json", "layers.png", "search.png", "search.csv"} <= set(original["trial1"]["files"])
+    assert {"policy.json", "layers.png", "search.png", "search.csv", "changes-0123abcd.diff"} <= set(
+        original["trial1"]["files"]
+    )
     shutil.rmtree(tmp_path / "first")
     rebuilt = sqlite_store(tmp_path / "second")
     assert sync_sweep(rebuilt, folder) == 3

@@ -12,6 +12,9 @@ from sbs.supernet import SuperNet
 Gates = dict[str, Tensor]
 """Open gates (zeros and ones, float64, on the CPU) by bank: weight_gates, activation_gates, channel_gates."""
 
+# A walk that has crossed the band this often will not find a way into it.
+_CROSSINGS = 64
+
 _BANKS = ("weight_gates", "activation_gates", "channel_gates")
 
 
@@ -25,15 +28,18 @@ class Landing:
 
 
 def bops_range(net: SuperNet) -> tuple[float, float]:
-    """BOPs of the cheapest and of the dearest policy in the space of `net` (convention mac_product)."""
+    """Fewest and most BOPs that gates of `net` can land on, wherever they stand (convention mac_product).
+
+    Where the last channel group of a layer is short, a policy that keeps it alone may be cheaper than the fewest.
+    """
     gates = _gates_of(net)
     dearest = {name: torch.ones_like(gate) for name, gate in gates.items()}
     cheapest = {name: torch.zeros_like(gate) for name, gate in gates.items()}
     closable = _closable(net, dearest["channel_gates"])
     cheapest["channel_gates"] = dearest["channel_gates"].clone()
     for start, stop in net.group_slices:
-        # the largest groups first: the last one of a layer may be short
-        order = net.macs.sizes[start:stop].cpu().argsort(descending=True, stable=True)
+        # a search may have closed the short last group of a layer and kept a whole one
+        order = net.macs.sizes[start:stop].cpu().argsort(stable=True)
         cheapest["channel_gates"][start + order[: closable[start]]] = 0.0
     return _bops(net, cheapest), _bops(net, dearest)
 
@@ -81,14 +87,12 @@ class _Walk:
     def __init__(self, net: SuperNet, bops: float, tolerance: float) -> None:
         self.net, self.top, self.floor = net, bops, bops * (1 - tolerance)
         self.gates = _gates_of(net)
+        self.crossed: set[tuple[str, tuple[int, ...]]] = set()
         self.margins = {name: getattr(net, name).margin().detach().double().cpu() for name in _BANKS}
 
     def run(self) -> Gates:
         best, best_miss = self._copy(), self._miss(_bops(self.net, self.gates))
-        seen: set[bytes] = set()
-        # steps too coarse for the band go round in circles: the same gates always move on to the same gates
-        while (state := self._digest()) not in seen:
-            seen.add(state)
+        while len(self.crossed) < _CROSSINGS:
             cost = _bops(self.net, self.gates)
             if self._miss(cost) < best_miss:
                 best, best_miss = self._copy(), self._miss(cost)
@@ -97,10 +101,15 @@ class _Walk:
         return best
 
     def _step(self, *, down: bool) -> bool:
-        """The nearest move that does not cross the band, else the one that crosses it least; False without any."""
+        """The nearest move that does not cross the band, else the one that crosses it least; False without any.
+
+        A gate that crossed the band stays where it went, or steps too coarse for the band would go in circles.
+        """
         moves = sorted(self._moves(down=down), key=lambda move: (move.distance, move.bank, move.index))
         crossing: list[tuple[float, _Move]] = []
         for move in moves:
+            if (move.bank, move.index) in self.crossed:
+                continue
             old = float(self.gates[move.bank][move.index])
             self.gates[move.bank][move.index] = move.value
             cost = _bops(self.net, self.gates)
@@ -112,6 +121,7 @@ class _Walk:
             return False
         least = min(crossing, key=lambda pair: (pair[0], pair[1].distance))[1]
         self.gates[least.bank][least.index] = least.value
+        self.crossed.add((least.bank, least.index))
         return True
 
     def _moves(self, *, down: bool) -> list[_Move]:
@@ -136,9 +146,6 @@ class _Walk:
 
     def _miss(self, cost: float) -> float:
         return max(0.0, cost / self.top - 1, self.floor / cost - 1)
-
-    def _digest(self) -> bytes:
-        return b"".join(self.gates[name].numpy().tobytes() for name in _BANKS)
 
     def _copy(self) -> Gates:
         return {name: gate.clone() for name, gate in self.gates.items()}

@@ -8,6 +8,7 @@ import pytest
 
 from harness.config import (
     ModelName,
+    Recipe,
     TrialSpec,
     identity,
     load_recipe,
@@ -101,6 +102,104 @@ def test_identity_holds_only_what_the_method_looks_at(method: str, ignored: list
 
 def test_methods_without_pressure_need_no_lambda():
     assert digits("search.method=full_precision", "search.lambda=null").search.lambda_ is None
+
+
+@pytest.mark.parametrize(
+    ("search", "words"),
+    [
+        ("lambda = 0.3\nbudget = 0.05", ["lambda and budget exclude one another", "keep one"]),
+        ("lambda = 0.3\ngbops = 1.5", ["lambda and gbops exclude one another"]),
+        ("gbops = 1.5\nbudget = 0.05", ["gbops and budget exclude one another"]),
+        ("lambda = 0.0\nsnapshots = [0.05, 0.03]", ["lambda and budget exclude one another"]),
+        ("snapshots = [0.03, 0.05]", ["snapshots = [0.03, 0.05] must fall"]),
+        ("snapshots = [0.05, 0.05]", ["must fall"]),
+        (
+            "snapshots = [0.05, 0.03]\nbudget = 0.04",
+            ["budget = 0.04 is none of snapshots = [0.05, 0.03]", "choose one"],
+        ),
+        ("snapshots = [1.5]", ["`search.snapshots.0` = 1.5"]),
+        ("budget = 0.0", ["`search.budget` = 0.0"]),
+        ("gbops = -1.0", ["`search.gbops` = -1.0"]),
+        ('method = "prune_then_quant"\nbudget = 0.05', ["budget is for methods with one search", "a `lambda`"]),
+        ('method = "prune_then_quant"\nsnapshots = [0.05]', ["budget is for methods with one search"]),
+        ("", ["`lambda` is missing", "`budget` (share of full precision's BOPs)", "`gbops`"]),
+    ],
+)
+def test_one_thing_drives_a_search(tmp_path: Path, search: str, words: list[str]):
+    text = (
+        Path("harness/recipes/digits_resnet20.toml")
+        .read_text()
+        .replace('method = "sbs"\nlambda = 0.3\n', f"{search}\n")
+    )
+    (tmp_path / "mine.toml").write_text(text)
+    with pytest.raises(UserError) as caught:
+        load_recipe(tmp_path / "mine.toml")
+    for word in words:
+        assert word in str(caught.value)
+
+
+def drive(recipe: Recipe) -> dict[str, object]:
+    values = {key: getattr(recipe.search, key) for key in ("lambda_", "gbops", "budget", "snapshots")}
+    return {key: value for key, value in values.items() if value not in (None, ())}
+
+
+@pytest.mark.parametrize(
+    ("overrides", "left"),
+    [
+        (["search.budget=0.05"], {"budget": 0.05}),
+        (["search.gbops=1.5"], {"gbops": 1.5}),
+        (["search.snapshots=[0.05, 0.03]"], {"snapshots": (0.05, 0.03)}),
+        (["search.snapshots=[0.05, 0.03]", "search.budget=0.05"], {"snapshots": (0.05, 0.03), "budget": 0.05}),
+        (["search.lambda=0.7"], {"lambda_": 0.7}),
+        (["finetune.epochs=1"], {"lambda_": 0.3}),
+    ],
+)
+def test_an_override_of_one_drive_replaces_the_recipes_other(overrides: list[str], left: dict[str, object]):
+    assert drive(digits(*overrides)) == left
+
+
+def test_drives_replace_each_other_in_turn():
+    """As in a sweep: a base that is whole, and points over it."""
+    base = digits("search.snapshots=[0.05, 0.03]").to_dict()
+    for override, left in [
+        ("search.lambda=0.1", {"lambda_": 0.1}),
+        ("search.gbops=2", {"gbops": 2.0}),
+        ("search.budget=0.03", {"snapshots": (0.05, 0.03), "budget": 0.03}),
+        ("search.snapshots=[0.04]", {"snapshots": (0.04,)}),
+    ]:
+        assert drive(parse_recipe(base, "base", [override])) == left
+    chosen = parse_recipe(base, "base", ["search.budget=0.03"]).to_dict()
+    assert drive(parse_recipe(chosen, "base", ["search.snapshots=[0.04, 0.02]"])) == {"snapshots": (0.04, 0.02)}
+    assert drive(parse_recipe(chosen, "base", ["search.snapshots=[]", "search.budget=0.04"])) == {"budget": 0.04}
+    with pytest.raises(UserError, match="lambda and budget exclude"):
+        digits("search.lambda=0.1", "search.budget=0.05")
+
+
+def test_identity_tells_drives_apart_and_leaves_idle_ones_out():
+    drives = ["lambda=0.05", "budget=0.05", "gbops=0.05", "snapshots=[0.05]", "snapshots=[0.05, 0.03]"]
+    keys = [trial_key(digits(f"search.{drive}"), "data") for drive in drives]
+    assert len(set(keys)) == len(drives)
+    assert not {"budget", "gbops", "snapshots"} & set(identity(digits(), "data")["search"])
+    two = "search.snapshots=[0.05, 0.03]"
+    assert trial_key(digits(two), "data") == trial_key(digits(two, "search.budget=0.03"), "data")
+    assert trial_key(digits(two), "data") != trial_key(digits(two, "search.budget=0.05"), "data")
+    full = digits("search.method=full_precision")
+    assert trial_key(full, "data") == trial_key(digits("search.method=full_precision", two), "data")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "label"),
+    [
+        (["search.lambda=0.3"], "resnet20-sbs-lambda0.3-seed0"),
+        (["search.budget=0.05"], "resnet20-sbs-budget0.05-seed0"),
+        (["search.gbops=35"], "resnet20-sbs-gbops35-seed0"),
+        (["search.snapshots=[0.05, 0.03]"], "resnet20-sbs-snapshot0.03-seed0"),
+        (["search.snapshots=[0.05, 0.03]", "search.budget=0.05"], "resnet20-sbs-snapshot0.05-seed0"),
+        (["search.method=uniform_4", "search.budget=0.05"], "resnet20-uniform_4-seed0"),
+    ],
+)
+def test_labels_name_what_drives_the_search(overrides: list[str], label: str):
+    assert trial_label(digits(*overrides)) == label
 
 
 def test_weights_count_by_content(tmp_path: Path):

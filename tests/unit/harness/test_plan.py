@@ -1,7 +1,7 @@
 import pytest
 
 from harness.config import load_recipe
-from harness.plan import idle_gates, plan, stage_config, stage_key
+from harness.plan import budgets, chosen_budget, idle_gates, plan, stage_config, stage_key, takes_budget
 
 
 def recipe(*overrides: str):
@@ -67,3 +67,34 @@ def test_a_search_whose_gates_stand_still_is_remarked_upon():
         assert words in text
     assert idle_gates(search, 10, 20, still | {"gates/flips": 1.0}) is None
     assert idle_gates(recipe("search.lambda=0").search, 10, 20, still) is None
+
+
+TWO = "search.snapshots=[0.05, 0.03]"
+
+
+def test_snapshots_share_their_search_and_nothing_behind_it():
+    trials = [recipe(TWO, f"search.budget={budget}") for budget in (0.05, 0.03)] + [recipe(TWO)]
+    searches = {stage_key(made, "search", "d") for made in trials}
+    assert len(searches) == 1
+    for stage in ("compress", "finetune"):
+        first, second, default = (stage_key(made, stage, "d") for made in trials)
+        assert first != second == default
+    others = ["search.budget=0.03", "search.snapshots=[0.05, 0.02]", "search.lambda=0.03", "search.gbops=0.03"]
+    assert len({stage_key(recipe(other), "search", "d") for other in others} | searches) == len(others) + 1
+    assert stage_key(recipe(TWO, "search.lr=0.5"), "search", "d") not in searches
+
+
+def test_the_last_snapshot_is_what_the_search_ends_with():
+    assert chosen_budget(recipe(TWO, "search.budget=0.05").search) == 0.05
+    assert chosen_budget(recipe(TWO, "search.budget=0.03").search) is None
+    assert chosen_budget(recipe(TWO).search) is None
+    assert chosen_budget(recipe("search.budget=0.05").search) is None
+    assert chosen_budget(recipe().search) is None
+
+
+def test_budgets_are_falling_shares():
+    assert budgets(recipe(TWO, "search.budget=0.05").search, 1e9) == (0.05, 0.03)
+    assert budgets(recipe("search.gbops=2").search, 40e9) == (0.05,)
+    assert budgets(recipe("search.budget=0.05").search, 40e9) == (0.05,)
+    assert [takes_budget(recipe(o).search) for o in (TWO, "search.gbops=2", "search.lambda=0")] == [True, True, False]
+    assert not takes_budget(recipe("search.method=uniform_4", "search.budget=0.05").search)

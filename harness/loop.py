@@ -100,9 +100,7 @@ class StageLoop:
             watch.step(len(labels) * self.ranks.world, wait_s)
             self.context.progress(self.at.epoch, self.job.config.epochs, self.global_step(), watch.images_per_s())
             self._act(agreed())
-        self._check_losses(0)
-        if self.ranks.max(bool(self._fault)):
-            self._give_up()
+        self._give_up_on_faults()  # the last step's weights have no loss yet that could tell
 
     def _step(self, images: torch.Tensor, labels: torch.Tensor) -> None:
         sums, loss = self.stepper.step(images, labels, self.at.step, len(self._loader))
@@ -189,6 +187,14 @@ class StageLoop:
                 place = f"step {step}, batch {batch} of epoch {self.at.epoch}, rank {self.ranks.rank}, images {images}"
                 self._fault = f"the loss is {loss.item()} in {self.job.stage} ({place})"
 
+    def _give_up_on_faults(self) -> None:
+        """Make sure that all losses so far and all weights of all ranks are finite; every rank calls this."""
+        self._check_losses(0)
+        if not self._fault and not self.stepper.finite():
+            self._fault = f"a weight is not finite in {self.job.stage} after step {self.global_step()}"
+        if self.ranks.max(bool(self._fault)):
+            self._give_up()
+
     def _give_up(self) -> None:
         self.context.flush()  # what is still being written may be the last good one
         faults = self.ranks.strings(self._fault)
@@ -200,11 +206,7 @@ class StageLoop:
 
     def checkpoint(self) -> None:
         """Write the whole state of the stage; every rank calls this at the same step."""
-        self._check_losses(0)
-        if not self._fault and not self.stepper.finite():
-            self._fault = f"a weight is not finite in {self.job.stage} after step {self.global_step()}"
-        if self.ranks.max(bool(self._fault)):
-            self._give_up()
+        self._give_up_on_faults()
         state = self.stepper.state() | {
             "epoch": self.at.epoch,
             "batch": self.at.batch,

@@ -169,6 +169,21 @@ def test_the_last_good_checkpoint_is_named(data: Path, tmp_path: Path, monkeypat
     assert f"last good checkpoint is {tmp_path}/checkpoints/pretrain-00000008.pt" in str(caught.value)
 
 
+def test_weights_that_the_last_step_spoilt_are_no_outcome(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    original: Callable[..., Any] = Stepper.step
+
+    def spoilt(self: Stepper, images: Any, labels: Any, number: int, *rest: Any) -> Any:
+        found = original(self, images, labels, number, *rest)
+        if number == 11:
+            next(self.job.net.parameters()).data.fill_(float("inf"))
+        return found
+
+    monkeypatch.setattr(Stepper, "step", spoilt)
+    with pytest.raises(TrainingError, match="a weight is not finite in pretrain after step 12; the last good"):
+        stages.run(tiny.spec(data, tmp_path, "run.checkpoint_every_steps=7"))
+    assert not (tmp_path / "stages" / "pretrain.pt").exists()
+
+
 def poison(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
     """Make the loss of one step of the pretraining NaN."""
     original: Callable[..., Any] = Stepper.step

@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from harness.config import Recipe, TrialSpec, parse_recipe
+from harness.config import DRIVES, Recipe, TrialSpec, parse_recipe
 from harness.errors import UserError
 from harness.run_dir import read_json, write_json
 from sweeps.plan import flat
@@ -53,8 +53,8 @@ def _recipe(before: Mapping[str, Any], path: Path) -> Recipe:
 
 
 def lasting(base: Recipe, varied: Iterable[str]) -> dict[str, Any]:
-    """`section.key` -> value of all that a sweep's trials share: not the axes, methods and seeds, not where it runs."""
-    left_out = {*varied, "search.method", "search.lambda", *_NEUTRAL}
+    """`section.key` -> value of all that trials share: not axes, methods, seeds, lambda or budgets, not where they run."""
+    left_out = {*varied, "search.method", *_NEUTRAL}.union(*DRIVES)
     return {key: value for key, value in flat(base.to_dict()).items() if key not in left_out}
 
 

@@ -28,6 +28,8 @@ from harness.watch import Watchdog
 Report = Callable[[dict[str, Any]], None]
 _STOP_FILE_INTERVAL_S = 0.5
 _PROGRESS_INTERVAL_S = 1.0
+# How long the end of a run waits for its remote copy; whoever is asked to leave has 20 s for everything.
+_COPY_LIMIT_S, _LEAVING_COPY_LIMIT_S = 600.0, 8.0
 
 
 @dataclass(frozen=True)
@@ -98,6 +100,7 @@ class Context:
         self.last_checkpoint: Path | None = None
         self._loaders: dict[tuple[str, int], Loader] = {}
         self._progress_due_s = 0.0
+        self._leaving = False
         self._watchdog = Watchdog(self.run, ranks.rank, ranks.world, self.recipe.run.stall_limit_s)
 
     def enter(self, stage: str) -> None:
@@ -147,7 +150,7 @@ class Context:
         self.checkpoints.write(stage, step, key, state | {"seq": covers}, done)
 
     def send(self) -> None:
-        """Bring the remote copy up to date, where the recipe wants one (rank 0)."""
+        """Begin to bring the remote copy up to date, where the recipe wants one (rank 0)."""
         if self._remote is not None:
             self._remote.send()
 
@@ -195,6 +198,7 @@ class Context:
 
     def depart(self) -> NoReturn:
         """Leave in order, all ranks together; what must be kept is on its way to the disk."""
+        self._leaving = True
         self.flush()
         raise Preempted(
             f"left {self.spec.label} during {self.stage} as asked, with its state in {self.run.path}; "
@@ -221,12 +225,14 @@ class Context:
         return self._loader("val", -(-size // self.ranks.world), 1)
 
     def close(self) -> None:
-        """Close what was opened; pending checkpoints are written first."""
+        """Close what was opened; pending checkpoints are written first, and copied."""
         self._watchdog.close()
         for loader in self._loaders.values():
             loader.close()
         if self.checkpoints is not None:
             self.checkpoints.close()
+        if self._remote is not None:
+            self._remote.close(_LEAVING_COPY_LIMIT_S if self._leaving else _COPY_LIMIT_S)
 
     def _val_batches(self, before_leaving: Callable[[], None] | None) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         loader = self.val_loader()

@@ -14,7 +14,7 @@ from harness.errors import Preempted, TrainingError, UserError
 from harness.ray_cluster import SETTINGS
 from harness.run_dir import RunDir
 
-# Losing a node counts against the controller, not against the workers; its default is to try again for ever.
+# At least; losing a node counts against the controller, not the workers, and its default is to try again for ever.
 _CONTROLLER_FAILURES = 5
 # Just after a node is lost Ray still counts on it: an elastic group waits this long for it before it shrinks.
 _START_LIMIT, _ELASTIC_START_LIMIT_S = "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "60"
@@ -38,11 +38,13 @@ def fit(spec: TrialSpec, *, inside_tune: bool) -> dict[str, Any]:
     folder.clear_error()
     if spec.recipe.run.max_workers == 1:
         return _in_process(spec, inside_tune=inside_tune)
-    _fit_group(spec, inside_tune)
-    if spec.recipe.run.remote is not None:
+    if not folder.stop_requested():
+        _fit_group(spec, inside_tune)
+    remote = spec.recipe.run.remote
+    if remote is not None and folder.result() is None and folder.error() is None:
         from harness.remote import RemoteCopy
 
-        RemoteCopy(folder, spec.recipe.run.remote).fetch()  # rank 0 may have worked on a machine that shares no disk
+        RemoteCopy(folder, remote).fetch_outcome()  # rank 0 may have worked on a machine that shares no disk
     return _outcome(folder)
 
 
@@ -74,7 +76,11 @@ def _fit_group(spec: TrialSpec, inside_tune: bool) -> None:
         callbacks.append(TuneReportCallback())
     trainer = TorchTrainer(
         _work,
-        train_loop_config={"spec": spec.model_dump(mode="json", by_alias=True), "report": inside_tune},
+        train_loop_config={
+            "spec": spec.model_dump(mode="json", by_alias=True),
+            "report": inside_tune,
+            "began_s": time.time(),
+        },
         scaling_config=ScalingConfig(
             num_workers=run.workers,
             use_gpu=run.gpus_per_worker > 0,
@@ -84,7 +90,10 @@ def _fit_group(spec: TrialSpec, inside_tune: bool) -> None:
         run_config=TrainRunConfig(
             name=spec.key,
             storage_path=str(Path(spec.run_dir) / "ray"),
-            failure_config=FailureConfig(max_failures=run.max_restarts, controller_failure_limit=_CONTROLLER_FAILURES),
+            failure_config=FailureConfig(
+                max_failures=run.max_restarts,
+                controller_failure_limit=max(_CONTROLLER_FAILURES, run.max_restarts),
+            ),
             callbacks=callbacks,
         ),
     )
@@ -99,7 +108,7 @@ def _work(config: dict[str, Any]) -> None:
     from harness.stages import run
 
     spec = TrialSpec.model_validate(config["spec"])
-    if RunDir(spec.run_dir).error() is not None:
+    if failed_since(RunDir(spec.run_dir), config["began_s"]):
         return  # an earlier attempt of this group found what a person must mend
     report = ray.train.report if config["report"] else None
     device = ray.train.torch.get_device() if spec.recipe.run.gpus_per_worker else None
@@ -107,6 +116,14 @@ def _work(config: dict[str, Any]) -> None:
         run(spec, report=report, device=device, launcher=f"ray.train {ray.__version__}")
     except (Preempted, TrainingError):
         return  # all ranks leave together; why, is in the run directory
+
+
+def failed_since(folder: RunDir, began_s: float) -> bool:
+    """Whether error.json is of this start (unix time) of the trial; on a disk that is not shared an old one stays."""
+    try:
+        return folder.error_path.stat().st_mtime >= began_s
+    except FileNotFoundError:
+        return False
 
 
 def _outcome(folder: RunDir) -> dict[str, Any]:

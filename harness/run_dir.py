@@ -146,7 +146,7 @@ def parse_records(text: str) -> list[dict[str, Any]]:
 
 def write_bytes(path: Path, content: bytes) -> None:
     """Replace a file atomically and durably: readers see the old content or the new, also after a power cut."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.{os.uname().nodename}-{os.getpid()}.tmp")  # ranks may share the folder
     with temporary.open("wb") as file:
         file.write(content)
         file.flush()

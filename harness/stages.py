@@ -21,7 +21,7 @@ import sbs
 from harness.checkpoint import State, load, load_weights, save, save_weights, to_cpu, weights_digest
 from harness.config import TrialSpec
 from harness.context import REAL_DATA, Context, Data, Report
-from harness.errors import is_user_error
+from harness.errors import UserError, is_user_error
 from harness.loop import StageLoop
 from harness.networks import as_document, compressed, example_input, full_precision, merged, search_space, supernet
 from harness.plan import chosen_budget, idle_gates, plan, stage_config, stage_key
@@ -72,19 +72,24 @@ def run(
         joined(spec.recipe.run, device=device, launcher=launcher) as ranks,
         folder.lock() if ranks.main else nullcontext(),
     ):
-        context = Context(spec, ranks, report, data)
-        if ranks.main:
-            write_json(folder.config_path, spec.recipe.to_dict())
-            record_start(folder, launcher=ranks.launcher, world=ranks.world)
+        context: Context | None = None
         try:
+            context = Context(spec, ranks, report, data)
+            if ranks.main:
+                write_json(folder.config_path, spec.recipe.to_dict())
+                record_start(folder, launcher=ranks.launcher, world=ranks.world)
             with context.leave.signals():
                 return _Trial(context).run()
         except Exception as error:
             if is_user_error(error):
-                write_json(folder.error_path, {"message": str(error), "stage": context.stage})
+                stage = "" if context is None else context.stage
+                write_json(folder.error_path, {"message": str(error), "stage": stage})
+                if context is not None:
+                    context.send()
             raise
         finally:
-            context.close()
+            if context is not None:
+                context.close()
 
 
 class _Trial:
@@ -113,6 +118,8 @@ class _Trial:
         context.total_steps = context.steps_per_epoch() * sum(config.epochs for config in configs if config)
         for stage in stages[done:]:
             context.enter(stage)
+            if self.ranks.max(context.leave.asked()):
+                context.depart()  # rather than build, calibrate and compile first
             log.info("%s: %s", context.spec.label, stage)
             outcome = self.work[stage](outcome)
             self._keep(stage, outcome)
@@ -284,8 +291,13 @@ class _Trial:
     def _teacher(self) -> nn.Module:
         weights = self.given
         if weights is None:
-            saved = self._saved("pretrain") if self.ranks.main else None
-            weights = self.ranks.share(saved)["net"]
+            saved = self.ranks.share(self._saved("pretrain") if self.ranks.main else None)
+            if saved is None:
+                raise UserError(
+                    f"the teacher is gone: {self.context.run.stages / 'pretrain.pt'} is missing or damaged. "
+                    f"Remove {self.context.run.stages} to train the stages again, or set distill = 0"
+                )
+            weights = saved["net"]
         return self._to_device(full_precision(self.recipe, weights)).eval().requires_grad_(requires_grad=False)
 
     def _calibration(self) -> list[torch.Tensor]:

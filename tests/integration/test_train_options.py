@@ -17,6 +17,7 @@ from harness import stages
 from harness.checkpoint import load_weights, weights_digest
 from harness.config import TrainConfig
 from harness.context import Context
+from harness.errors import UserError
 from harness.loop import StageLoop
 from harness.ranks import Ranks
 from harness.run_dir import RunDir
@@ -116,7 +117,12 @@ def test_a_student_that_equals_its_teacher_has_nothing_to_learn(data: Path, tmp_
 
 def test_a_distilled_trial_runs_through_all_stages(data: Path, tmp_path: Path):
     quick = ["pretrain.epochs=1", "search.epochs=1", "finetune.epochs=1", "search.distill=0.5", "finetune.distill=0.9"]
-    assert stages.run(tiny.spec(data, tmp_path, *quick))["top1"] >= 0
+    spec, run = tiny.spec(data, tmp_path, *quick), RunDir(tmp_path)
+    assert stages.run(spec)["top1"] >= 0
+    for path in (run.result_path, run.stages / "finetune.json", run.stages / "pretrain.pt"):
+        path.unlink()
+    with pytest.raises(UserError, match=r"the teacher is gone: .*pretrain.pt is missing or damaged. Remove .*stages"):
+        stages.run(spec)
 
 
 def test_half_precision_resumes_bit_for_bit_with_its_loss_scale(data: Path, tmp_path: Path):

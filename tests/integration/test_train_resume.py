@@ -15,6 +15,7 @@ from harness import stages
 from harness.checkpoint import load_weights, weights_digest
 from harness.config import TrialSpec
 from harness.errors import Preempted, TrainingError, UserError
+from harness.ray_worker import fit
 from harness.run_dir import RunDir
 from harness.step import Stepper
 from tests.integration import tiny
@@ -131,7 +132,10 @@ def test_a_stop_file_makes_a_run_leave_and_it_goes_on_without(data: Path, tmp_pa
     run.request_stop()
     with pytest.raises(Preempted, match=r"during pretrain"):
         stages.run(spec)
+    with pytest.raises(Preempted, match=r"left as asked"):
+        fit(tiny.spec(data, tmp_path, "run.workers=2"), inside_tune=False)  # without starting a group: there is no Ray
     assert run.result() is None
+    assert run.metrics() == []  # not a step was made
     run.clear_stop()
     stages.run(spec)
     assert trace(run) == undisturbed
@@ -238,3 +242,6 @@ def test_a_run_goes_on_from_its_remote_copy_on_another_machine(data: Path, tmp_p
     assert not list(copy.checkpoints.glob("*-[0-9]*"))
     with pytest.raises(UserError, match=r"run.remote = 'nonsense://x'"):
         stages.run(tiny.spec(data, tmp_path / "other", "run.remote=nonsense://x"))
+    error = RunDir(tmp_path / "other").error()  # Ray would try again without it
+    assert error is not None
+    assert "nonsense" in error["message"]

@@ -1,8 +1,12 @@
+import os
+from pathlib import Path
+
 import pytest
 
 from harness.config import RunConfig
 from harness.errors import UserError
-from harness.ray_worker import require_capacity, worker_resources
+from harness.ray_worker import failed_since, require_capacity, worker_resources
+from harness.run_dir import RunDir, write_json
 
 
 def test_a_worker_asks_for_what_the_recipe_says():
@@ -23,3 +27,13 @@ def test_what_can_never_start_is_refused_with_the_arithmetic():
 
 def test_an_elastic_trial_needs_its_minimum_only():
     require_capacity(RunConfig(workers=(1, 8)), [{"CPU": 1.0}])
+
+
+def test_an_error_of_an_earlier_start_does_not_end_this_one(tmp_path: Path):
+    run = RunDir(tmp_path)
+    assert not failed_since(run, 1000.0)
+    write_json(run.error_path, {"message": "no", "stage": "search"})
+    os.utime(run.error_path, (900.0, 900.0))
+    assert not failed_since(run, 1000.0)
+    os.utime(run.error_path, (1001.0, 1001.0))
+    assert failed_since(run, 1000.0)

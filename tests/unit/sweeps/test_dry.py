@@ -18,7 +18,7 @@ def test_every_space_can_be_looked_at_without_its_data_and_machine(tmp_path: Pat
     output = dry_run(tmp_path, name, "--set", f"data.dir={tmp_path / 'data'}")
     space = load_space(name)
     expected = len(space.seeds)  # of full precision
-    points = len(list(space.points()))
+    points = len(list(space.points())) * max(1, len(space.set.get("search.snapshots", ())))
     for method in space.methods:
         expected += len(space.seeds) * (1 if method.startswith("uniform") else points)
     assert f"{expected} trials, " in output
@@ -34,3 +34,21 @@ def test_what_cannot_start_here_is_said_and_no_failure(tmp_path: Path):
     output = dry_run(tmp_path, "digits_resnet20", "--set", data, "--set", "model.weights=absent.pt")
     assert "cannot start here: model.weights = absent.pt is not a file" in output
     assert re.search(r"resnet20-sbs-lambda0-seed0 +- ", output), "no identity without the weights"
+
+
+def test_snapshots_count_their_search_once(tmp_path: Path):
+    output = dry_run(tmp_path, "digits_snapshots", "--set", f"data.dir={tmp_path / 'data'}")
+    epochs = {
+        words[0]: int(words[-4]) for line in output.splitlines() if len(words := line.split()) > 5 if "sbs" in line
+    }
+    assert epochs == {
+        "resnet20-sbs-snapshot0.015-seed0": 8,
+        "resnet20-sbs-snapshot0.05-seed0": 4,
+        "resnet20-sbs-snapshot0.03-seed0": 4,
+    }
+
+
+def test_a_budget_out_of_reach_is_remarked_upon(tmp_path: Path):
+    data = f"data.dir={tmp_path / 'data'}"
+    output = dry_run(tmp_path, "digits_snapshots", "--set", data, "--set", "search.snapshots=[0.05, 0.001]")
+    assert "cannot start: search.budget or search.snapshots: 0.001 of full precision's 41.7927 GBOPs" in output

@@ -121,3 +121,22 @@ def test_an_absent_store_is_not_made(tmp_path: Path):
 def test_no_rows_still_make_files(tmp_path: Path):
     write(build(["e"], []), tmp_path)
     assert json.loads((tmp_path / "pareto.json").read_text())["rows"] == []
+
+
+def test_budgets_tell_points_without_lambda_apart(frontier: Frontier, tmp_path: Path):
+    rows = [
+        row(key=text[:4] * 4, point=text, gbops=gbops, **{"lambda": None, "target": text})
+        for text, gbops in [("budget 0.05", 2.0), ("snapshot 0.03", 1.2), ("35 GBOPs", 35.0)]
+    ]
+    mixed = build(["e"], [*frontier.rows, *rows])
+    for text in (report.as_markdown(mixed), report.as_html(mixed), report.as_latex(mixed)):
+        for words in ["budget 0.05", "snapshot 0.03", "35 GBOPs", "or budget"]:
+            assert words in text
+    assert "or budget" not in report.as_markdown(frontier), "tables without budgets stay as they were"
+    assert {r["lambda"] for r in json.loads(report.as_json(mixed))["rows"]} == {None, 0.1}
+    assert "target" not in json.loads(report.as_json(mixed))["rows"][0]
+    plot.write(mixed, tmp_path / "plot.svg", "svg")
+    for words in ["budget 0.05", "snapshot 0.03", "35 GBOPs"]:
+        assert words in text_of(tmp_path / "plot.svg")
+    two = build(["e"], [*rows, row(key="b", seed=1, point="budget 0.05", **{"lambda": None, "target": "budget 0.05"})])
+    assert "| budget 0.05      | 2 " in report.as_markdown(two)

@@ -16,7 +16,7 @@ from harness.data import open_data
 from harness.errors import UserError
 from harness.metrics import evaluate
 from harness.networks import as_document, example_input, full_precision, restored
-from harness.ranks import arithmetic, autocast, joined
+from harness.ranks import arithmetic, autocast, joined, set_norm_statistics
 from harness.run_dir import RunDir, read_json
 
 _STAGES = ("finetune", "compress", "search", "pretrain")
@@ -24,11 +24,15 @@ _STAGES = ("finetune", "compress", "search", "pretrain")
 
 @dataclass(frozen=True)
 class Saved:
-    """Weights and, where it is known, the policy that they belong to; `file` is where they came from."""
+    """Weights and, where it is known, the policy that they belong to; `file` is where they came from.
+
+    `norms`: the mean of the ranks' batch-norm statistics, where the file has those of several ranks.
+    """
 
     file: Path
     weights: State
     policy: dict[str, Any] | None
+    norms: torch.Tensor | None = None
 
 
 def evaluate_saved(
@@ -101,13 +105,18 @@ def find_saved(target: Path, policy: dict[str, Any] | None = None) -> Saved:
     weights = state["net"]
     if averaged is not None:
         weights = {key.removeprefix("module."): value for key, value in averaged.items() if key.startswith("module.")}
-    return Saved(file, weights, policy or state.get("policy"))
+    ranks = state["norms"][-1] if "norms" in state else []  # the last are those of the averaged weights, if there are
+    norms = torch.stack(ranks).double().mean(dim=0) if len(ranks) > 1 else None
+    return Saved(file, weights, policy or state.get("policy"), norms)
 
 
 def _network(target: Path, recipe: Recipe, policy: dict[str, Any] | None) -> tuple[Path, nn.Module]:
-    if target.is_dir() or target.suffix == ".pt":
+    if target.is_dir() or target.suffix in {".pt", ".pth"}:
         saved = find_saved(target, policy)
-        return saved.file, restored(recipe, saved.weights, saved.policy)
+        net = restored(recipe, saved.weights, saved.policy)
+        if saved.norms is not None:
+            set_norm_statistics(net, saved.norms)
+        return saved.file, net
     return target, sbs.load_exported(target, full_precision(recipe), example_input(recipe))
 
 

@@ -82,10 +82,23 @@ def test_an_unfinished_run_is_judged_by_its_newest_checkpoint(
     epochs = [r["metrics"] for r in run.metrics() if r["stage"] == "finetune" and r["kind"] == "metrics"]
     assert found["loss"] == pytest.approx(epochs[0]["finetune/val_loss"], rel=1e-12)
 
+    # The same as two ranks leave it: rank 0's batch-norm statistics beside the weights, all ranks' in a list.
+    path = tmp_path / "checkpoints" / "finetune-00000030.pt"
+    state = torch.load(path, weights_only=True)
+    (own,) = state["norms"][-1]
+    apart = 0.3 * own.abs()
+    state["norms"] = [[own - apart, own + apart]] * len(state["norms"])
+    for weights in (state["net"], state["ema"]):
+        for name in weights:
+            if name.endswith(("running_mean", "running_var")):
+                weights[name] = weights[name] * 0.7
+    torch.save(state, path)
+    assert figures(path)["loss"] == pytest.approx(found["loss"], rel=1e-5)
+
 
 def test_exports_and_plain_weights(run: RunDir, tmp_path: Path, figures: Callable[..., dict[str, Any]]):
     expected = figures(run.path)
-    weights = tmp_path / "plain.pt"
+    weights = tmp_path / "plain.pth"
     weights.write_bytes(run.weights_path.read_bytes())
     (tmp_path / "config.json").write_text(run.config_path.read_text())
     named = figures(weights, policy_file=run.policy_path)

@@ -71,6 +71,7 @@ class StageLoop:
             speed = watch.report(self.ranks.device)
             scores = self.context.evaluate(self.stepper.weights(), before_leaving=self.checkpoint)
             self._finish_epoch(scores, speed)
+        self._profiler.close()
 
     def elapsed_s(self) -> float:
         """Seconds spent in this stage, those before a resume included."""

@@ -7,6 +7,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -63,7 +64,8 @@ class Watchdog:
 
     def _watch(self) -> None:
         while not self._over.wait(self._period_s):
-            self._tell()
+            with suppress(OSError):  # a full disk must not end the watch
+                self._tell()
             if time.monotonic() - self._since > self._limit_s:
                 self._on_stall(verdict(self._others(), time.time(), self._limit_s, 3 * self._period_s))
                 return
@@ -124,6 +126,11 @@ class StepProfiler:
             return
         self._left -= 1
         if self._left == 0:
+            self.close()
+
+    def close(self) -> None:
+        """Write what there is: call when the stage ends, which may be before all steps were made."""
+        if self._profile is not None:
             self._profile.stop()
             self._profile.export_chrome_trace(str(self._path))
             self._profile = None

@@ -65,6 +65,18 @@ def test_the_profiler_writes_one_trace_of_the_steps_after_the_warm_up(tmp_path: 
     assert {name for name in seen if name.startswith("step-")} == {"step-3", "step-4"}
 
 
+def test_a_stage_that_ends_early_still_leaves_its_trace(tmp_path: Path):
+    profiler = StepProfiler(tmp_path / "trace.json", steps=100)
+    for _ in range(5):
+        torch.ones(3).sum()
+        profiler.step()
+    profiler.close()
+    profiler.close()
+    assert any(
+        event["name"] == "aten::sum" for event in json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
+    )
+
+
 def test_no_trace_unless_asked_for(tmp_path: Path):
     profiler = StepProfiler(tmp_path / "trace.json", steps=0)
     for _ in range(8):

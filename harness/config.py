@@ -326,7 +326,7 @@ def _recipe_text(name_or_path: str) -> tuple[str, str]:
 # What a method does not look at stays out of its identity, so that an override of it does not make a new trial.
 _QUANT_KEYS = {"weight_bits", "activation_bits", "bop_gradient", "bit_threshold_lr"}
 _PRUNE_KEYS = {"group_size", "max_prune_share", "prune_threshold_lr"}
-_BASELINE_SEARCH_KEYS = {"method", "epochs"}
+_BASELINE_SEARCH_KEYS = {"method", "epochs", "calibration_batches"}
 _NEUTRAL_DATA_KEYS = {"source", "dir", "workers", "memory"}  # the checksum says what the images are
 # These change where or how safely a trial runs, not what comes out.
 _NEUTRAL_RUN_KEYS = {

@@ -88,6 +88,7 @@ def test_identity_leaves_out_what_cannot_change_the_result():
     [
         ("full_precision", ["search.lambda=9", "search.epochs=9", "finetune.epochs=9"], ["pretrain.epochs=9"]),
         ("uniform_4", ["search.lambda=9", "search.group_size=2"], ["search.epochs=9", "finetune.epochs=9"]),
+        ("uniform_8", ["search.lr=9"], ["search.calibration_batches=2"]),
         ("sbs_quant", ["search.group_size=2", "search.max_prune_share=0.1"], ["search.weight_bits=[4,8]"]),
         ("sbs_prune", ["search.weight_bits=[4,8]"], ["search.group_size=2", "search.prune_only_bits=8"]),
     ],

@@ -114,6 +114,12 @@ def remove(path: Path) -> None:
     path.unlink(missing_ok=True)
 
 
+def remove_torn(*folders: Path) -> None:
+    """Take away what killed writers left half-written; for the holder of the run's lock."""
+    for path in [path for folder in folders for path in folder.glob(".*.tmp")]:
+        path.unlink(missing_ok=True)
+
+
 class CheckpointFolder:
     """The checkpoints of one run's unfinished stage, written by rank 0 from a background thread."""
 
@@ -137,13 +143,24 @@ class CheckpointFolder:
                 return state, path
         return None
 
-    def write(self, stage: str, step: int, key: str, state: State, done: Callable[[], None]) -> None:
-        """Write a state (already copied by `to_cpu`) in the background, then call `done`, then drop old checkpoints.
+    def write(
+        self,
+        stage: str,
+        step: int,
+        key: str,
+        state: State,
+        done: Callable[[], None],
+        *,
+        before: Callable[[], None] | None = None,
+    ) -> None:
+        """In the background call `before`, write a state (a copy by `to_cpu`), call `done`, and drop old checkpoints.
 
         Waits if an earlier one is still being written; raises what went wrong with that.
         """
 
         def job() -> None:
+            if before is not None:
+                before()
             save(self.path(stage, step), state, key)
             done()
             for old in self._of(stage)[self._keep :]:

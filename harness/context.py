@@ -13,7 +13,7 @@ from typing import Any, Literal, NoReturn
 import torch
 from torch import nn
 
-from harness.checkpoint import CheckpointFolder, State
+from harness.checkpoint import CheckpointFolder, State, remove_torn
 from harness.config import Recipe, TrialSpec
 from harness.data import data_checksum
 from harness.data.loader import Loader, open_data
@@ -91,6 +91,8 @@ class Context:
         if ranks.main and self.recipe.run.remote is not None:
             self._remote = RemoteCopy(self.run, self.recipe.run.remote)
             self._remote.fetch()
+        if ranks.main:
+            remove_torn(self.run.checkpoints, self.run.stages)
         self.log = MetricsLog(self.run.create()) if ranks.main else None
         self.checkpoints = (
             CheckpointFolder(self.run.checkpoints, self.recipe.run.keep_checkpoints) if ranks.main else None
@@ -147,7 +149,7 @@ class Context:
             self.last_checkpoint = path
             self.send()
 
-        self.checkpoints.write(stage, step, key, state | {"seq": covers}, done)
+        self.checkpoints.write(stage, step, key, state | {"seq": covers}, done, before=log.sync)
 
     def send(self) -> None:
         """Begin to bring the remote copy up to date, where the recipe wants one (rank 0)."""

@@ -7,8 +7,10 @@ policy.json weights.pt        what the search decided, the final weights
 result.json | error.json      how it ended
 """
 
+import errno
 import fcntl
 import json
+import logging
 import os
 import threading
 import time
@@ -19,7 +21,11 @@ from typing import IO, Any, Literal
 
 from harness.errors import UserError
 
+log = logging.getLogger(__name__)
+
 RecordKind = Literal["metrics", "checkpoint", "event"]
+# Lustre without -o flock, NFS without its lock daemon.
+_NO_LOCKS = {errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK}
 
 
 class RunDir:
@@ -55,9 +61,9 @@ class RunDir:
         return read_json(self.error_path)
 
     def metrics(self) -> list[dict[str, Any]]:
-        """All records of metrics.jsonl in order; a torn last line is left out."""
+        """All records of metrics.jsonl in order; a torn end is left out."""
         try:
-            text = self.metrics_path.read_text(encoding="utf-8")
+            text = self.metrics_path.read_text(encoding="utf-8", errors="replace")
         except FileNotFoundError:
             return []
         return parse_records(text)
@@ -118,7 +124,7 @@ class MetricsLog:
         records = run.metrics()
         self.last_seq = records[-1]["seq"] if records else 0
         self._lock = threading.Lock()
-        _heal_torn_line(run.metrics_path)
+        _heal_torn_end(run.metrics_path)
 
     def append(
         self, kind: RecordKind, stage: str, epoch: int, step: int, metrics: Mapping[str, Any], **extra: Any
@@ -131,6 +137,11 @@ class MetricsLog:
             self.last_seq += 1
             return self.last_seq
 
+    def sync(self) -> None:
+        """Make what was appended survive a power cut; a checkpoint that covers it must not come through alone."""
+        with self._run.metrics_path.open("a", encoding="utf-8") as file:
+            os.fsync(file.fileno())
+
     def truncate(self, covers: int) -> None:
         """Drop every record after `covers`: the run goes on from a checkpoint that does not know them."""
         kept = [record for record in self._run.metrics() if record["seq"] <= covers]
@@ -139,9 +150,26 @@ class MetricsLog:
 
 
 def parse_records(text: str) -> list[dict[str, Any]]:
-    """Records of a metrics.jsonl text; an incomplete last line (its writer died) is left out."""
-    complete = text[: text.rfind("\n") + 1]
-    return [json.loads(line) for line in complete.splitlines() if line]
+    """Records of a metrics.jsonl text, up to the first line that is none.
+
+    A writer that dies leaves an incomplete last line; a power cut may leave anything beyond the last checkpoint.
+    """
+    return _whole_records(text)[0]
+
+
+def _whole_records(text: str) -> tuple[list[dict[str, Any]], int]:
+    """Records, and the number of characters that they take."""
+    records, end = [], 0
+    for line in text.splitlines(keepends=True):
+        try:
+            record = json.loads(line) if line.endswith("\n") else None
+        except json.JSONDecodeError:
+            record = None
+        if not isinstance(record, dict):
+            break
+        records.append(record)
+        end += len(line)
+    return records, end
 
 
 def write_bytes(path: Path, content: bytes) -> None:
@@ -182,14 +210,18 @@ def _try_lock(file: IO[str]) -> bool:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
+    except OSError as error:
+        if error.errno not in _NO_LOCKS:
+            raise
+        log.warning("%s: this file system has no locks; see to it that one run at a time writes here", file.name)
     return True
 
 
-def _heal_torn_line(path: Path) -> None:
-    """Cut an incomplete last line, so that the next record starts on a line of its own."""
+def _heal_torn_end(path: Path) -> None:
+    """Cut what is no record, so that the next one starts on a line of its own."""
     if not path.exists():
         return
-    content = path.read_bytes()
-    complete = content[: content.rfind(b"\n") + 1]
-    if len(complete) != len(content):
-        write_bytes(path, complete)
+    text = path.read_text(encoding="utf-8", errors="replace")
+    _, end = _whole_records(text)
+    if end != len(text):
+        write_text(path, text[:end])

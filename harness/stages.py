@@ -154,8 +154,9 @@ class _Trial:
     def _keep(self, stage: str, outcome: Outcome) -> None:
         context = self.context
         context.flush()
-        if not self.ranks.main or context.checkpoints is None:
+        if context.log is None or context.checkpoints is None:
             return
+        context.log.sync()
         key = self._key(stage)
         paths = [context.run.stages / f"{stage}.pt"]
         if context.spec.stage_cache is not None:

@@ -52,7 +52,7 @@ def _arm(where: str) -> None:
 
         def tear(path: Path, content: bytes) -> None:
             if path.suffix == ".pt" and next(calls) == int(value):
-                path.with_name(f".{path.name}.torn").write_bytes(content[: len(content) // 2])
+                path.with_name(f".{path.name}.torn.tmp").write_bytes(content[: len(content) // 2])
                 send(signal.SIGKILL)
 
         _before(checkpoint, "write_bytes", tear)

@@ -104,6 +104,7 @@ def test_kills_in_every_stage_change_nothing(data: Path, tmp_path: Path, undistu
     assert disturbed(spec, "nothing").returncode == 0
     assert trace(run) == undisturbed
     assert starts(spec) == len(killed) + 1
+    assert not list(tmp_path.glob("*/.*")), "half-written files stayed behind"
     records = run.metrics()
     assert [r["seq"] for r in records] == list(range(1, len(records) + 1))
     checkpoints = [r for r in records if r["kind"] == "checkpoint"]

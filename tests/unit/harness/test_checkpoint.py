@@ -6,7 +6,16 @@ from pathlib import Path
 import pytest
 import torch
 
-from harness.checkpoint import CheckpointFolder, load, load_weights, save, save_weights, to_cpu, weights_digest
+from harness.checkpoint import (
+    CheckpointFolder,
+    load,
+    load_weights,
+    remove_torn,
+    save,
+    save_weights,
+    to_cpu,
+    weights_digest,
+)
 from harness.errors import UserError
 
 
@@ -138,3 +147,18 @@ def test_digest_file_names_what_it_vouches_for(tmp_path: Path):
     about = json.loads((tmp_path / "a.json").read_text())
     assert about["key"] == "key"
     assert about["bytes"] == (tmp_path / "a.pt").stat().st_size
+
+
+def test_what_killed_writers_left_is_taken_away(tmp_path: Path):
+    save(tmp_path / "a.pt", state(1), "key")
+    (tmp_path / ".a.pt.node-7.tmp").write_bytes(b"half")
+    remove_torn(tmp_path, tmp_path / "absent")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.json", "a.pt"]
+
+
+def test_what_a_checkpoint_covers_is_made_durable_before_it(folder: CheckpointFolder, tmp_path: Path):
+    seen = []
+    before = lambda: seen.append([path.name for path in tmp_path.glob("*.pt")])  # noqa: E731
+    folder.write("search", 1, "key", state(1), nothing, before=before)
+    folder.flush()
+    assert seen == [[]]

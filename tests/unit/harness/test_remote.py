@@ -60,9 +60,10 @@ def test_a_fetch_that_broke_off_is_made_anew(tmp_path: Path, monkeypatch: pytest
     there = RunDir(tmp_path / "there" / "trial").create()
     for whole in range(len(everything)):
         copy = copy_of(there, tmp_path)
-        with monkeypatch.context() as patch, pytest.raises(UserError, match=r"cannot be read: NoRouteError: gone"):
+        with monkeypatch.context() as patch:
             break_after(whole, patch, copy, "get_file")
-            copy.fetch()
+            with pytest.raises(UserError, match=r"cannot be read: NoRouteError: gone"):
+                copy.fetch()
         assert len(names(there.path)) == whole
         assert not there.config_path.exists()
     assert copy_of(there, tmp_path).fetch()

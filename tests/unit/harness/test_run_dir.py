@@ -1,6 +1,9 @@
+import errno
+import fcntl
 import json
 import multiprocessing
 import multiprocessing.synchronize
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -33,6 +36,18 @@ def test_a_torn_last_line_is_left_out_and_healed(run: RunDir):
         file.write('{"seq": 2, "ti')
     assert [record["seq"] for record in run.metrics()] == [1]
     MetricsLog(run).append("metrics", "search", 1, 2, {"a": 2})
+    assert [record["seq"] for record in run.metrics()] == [1, 2]
+
+
+@pytest.mark.parametrize("junk", [b"\0" * 40, b"\0\0\n", b'{"seq": 2}}\n{"seq": 3}\n', b"\xff\xfe\n", b"7\n"])
+def test_what_a_power_cut_left_at_the_end_is_cut_off(run: RunDir, junk: bytes):
+    MetricsLog(run).append("metrics", "search", 1, 1, {"a": 1})
+    good = run.metrics_path.read_bytes()
+    run.metrics_path.write_bytes(good + junk)
+    assert [record["seq"] for record in run.metrics()] == [1]
+    log = MetricsLog(run)
+    assert run.metrics_path.read_bytes() == good
+    assert log.append("metrics", "search", 1, 2, {"a": 2}) == 2
     assert [record["seq"] for record in run.metrics()] == [1, 2]
 
 
@@ -121,3 +136,16 @@ def test_lock_names_its_holder_and_ends_with_it(run: RunDir):
 def test_records_hold_values_that_are_not_finite(run: RunDir):
     MetricsLog(run).append("metrics", "search", 0, 0, {"loss": float("nan")})
     assert json.dumps(run.metrics()[0]["metrics"]) == '{"loss": NaN}'
+
+
+@pytest.mark.parametrize("number", [errno.ENOSYS, errno.ENOLCK])
+def test_a_file_system_without_locks_is_told_of_and_used(
+    run: RunDir, number: int, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+):
+    def no_locks(*_: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(fcntl, "flock", no_locks)
+    with run.lock(patience_s=0):
+        assert f"process {os.getpid()} on" in (run.path / "lock").read_text()
+    assert "lock: this file system has no locks" in caplog.text

@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from sweeps.space import load_space, space_names
+from sweeps.dry import epochs, outlook
+from sweeps.space import base_recipe, load_space, space_names
 
 
 def dry_run(tmp_path: Path, space: str, *more: str) -> str:
@@ -37,18 +38,19 @@ def test_what_cannot_start_here_is_said_and_no_failure(tmp_path: Path):
 
 
 def test_snapshots_count_their_search_once(tmp_path: Path):
-    output = dry_run(tmp_path, "digits_snapshots", "--set", f"data.dir={tmp_path / 'data'}")
-    epochs = {
-        words[0]: int(words[-4]) for line in output.splitlines() if len(words := line.split()) > 5 if "sbs" in line
-    }
-    assert epochs == {
+    space = load_space("digits_snapshots")
+    seen = outlook(space, base_recipe(space, [f"data.dir={tmp_path / 'data'}"]), tmp_path / "runs")
+    assert {spec.label: epochs(spec.recipe) for spec in seen.plan.trials} == {
+        "resnet20-full_precision-seed0": 8,
         "resnet20-sbs-snapshot0.015-seed0": 8,
         "resnet20-sbs-snapshot0.05-seed0": 4,
         "resnet20-sbs-snapshot0.03-seed0": 4,
     }
+    assert not seen.remarks
 
 
 def test_a_budget_out_of_reach_is_remarked_upon(tmp_path: Path):
-    data = f"data.dir={tmp_path / 'data'}"
-    output = dry_run(tmp_path, "digits_snapshots", "--set", data, "--set", "search.snapshots=[0.05, 0.001]")
-    assert "cannot start: search.budget or search.snapshots: 0.001 of full precision's 41.7927 GBOPs" in output
+    space = load_space("digits_snapshots")
+    changes = [f"data.dir={tmp_path / 'data'}", "search.snapshots=[0.05, 0.001]"]
+    (remark,) = outlook(space, base_recipe(space, changes), tmp_path / "runs").remarks
+    assert remark.startswith("cannot start: search.budget or search.snapshots: 0.001 of full precision's 41.7927 GBOPs")

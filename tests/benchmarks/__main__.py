@@ -34,7 +34,8 @@ def line(row: Row) -> str:
     if row.wanted is not None:
         reached = row.value >= row.wanted if row.at_least else row.value <= row.wanted
         verdict += f", wanted {sign} {row.wanted:g}: {'reached' if reached else 'not yet'}"
-    return LINE.format(row.name, figure_text(row), f"{sign} {row.must:g}", verdict)
+    limit = "" if row.must is None else f"{sign} {row.must:g}"
+    return LINE.format(row.name, figure_text(row), limit, verdict).rstrip()
 
 
 def measure(name: str) -> tuple[int, int]:

@@ -26,12 +26,13 @@ class Estimate:
 class Row:
     """One figure: MET is judged on the estimate itself, the interval stands beside it.
 
-    `must` is the limit; `at_least` says that it bounds from below. `wanted` is a goal beyond, which never fails a run.
+    `must` is the limit, None where there is none; `at_least` says that it bounds from below. `wanted` is a goal beyond,
+    which never fails a run.
     """
 
     name: str
     figure: float | Estimate
-    must: float
+    must: float | None
     unit: str = ""
     at_least: bool = False
     wanted: float | None = None
@@ -42,8 +43,10 @@ class Row:
         return self.figure.value if isinstance(self.figure, Estimate) else self.figure
 
     @property
-    def verdict(self) -> Literal["MET", "MISS"]:
-        """A figure that is not a number is a miss."""
+    def verdict(self) -> Literal["MET", "MISS", ""]:
+        """A figure that is not a number is a miss; one without a limit gets no verdict."""
+        if self.must is None:
+            return ""
         return "MET" if (self.value >= self.must if self.at_least else self.value <= self.must) else "MISS"
 
 

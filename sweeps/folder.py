@@ -2,7 +2,7 @@
 
 import fcntl
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from sweeps.plan import flat
 from sweeps.space import Space
 
 SCHEMA = 1
+LOCK = "lock"
 _NEUTRAL = {"data.dir", "data.workers", "data.memory", "run.cpus_per_worker", "run.seed"}
 """Recipe keys that may change from one start to the next: where a sweep runs does not change its results."""
 
@@ -60,13 +61,31 @@ def lasting(base: Recipe, varied: Iterable[str]) -> dict[str, Any]:
 
 @contextmanager
 def held(folder: Path) -> Iterator[None]:
-    """Keep other drivers out of a sweep's folder. Raises `UserError` if one is at work there."""
+    """Keep other drivers out of a sweep's folder. Raises `UserError` if one is at work there.
+
+    A start that fails before it leaves anything in the folder takes back the folders that it made.
+    """
+    made = [each for each in (folder, *folder.parents) if not each.exists()]
     folder.mkdir(parents=True, exist_ok=True)
-    with (folder / "lock").open("w", encoding="utf-8") as file:
+    with (folder / LOCK).open("w", encoding="utf-8") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise UserError(
                 f"another `sweeps run` works in {folder}. Wait for it, or give this one another name (--name)."
             ) from None
-        yield
+        try:
+            yield
+        except BaseException:
+            _take_back(folder, made)
+            raise
+
+
+def _take_back(folder: Path, made: Sequence[Path]) -> None:
+    """Remove the lock and the folders that were `made` for it, innermost first, unless something lies in them."""
+    if folder not in made or [path.name for path in folder.iterdir()] != [LOCK]:
+        return
+    (folder / LOCK).unlink()
+    with suppress(OSError):  # no longer empty: somebody else has begun to work there
+        for each in made:
+            each.rmdir()

@@ -328,7 +328,8 @@ def test_asha_stops_what_lags_for_good(bench: Bench):
     ],
 )
 def test_mistakes_end_at_once_with_one_message(tmp_path: Path, arguments: list[str], words: list[str]):
-    command = [sys.executable, "-m", "sweeps", "run", *arguments, "--out", str(tmp_path), "--set"]
+    runs = tmp_path / "new" / "runs"
+    command = [sys.executable, "-m", "sweeps", "run", *arguments, "--out", str(runs), "--set"]
     command.append(f"data.dir={tmp_path / 'absent-data'}")
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
     assert done.returncode == 2
@@ -336,6 +337,7 @@ def test_mistakes_end_at_once_with_one_message(tmp_path: Path, arguments: list[s
     assert "Traceback" not in done.stderr
     for word in words:
         assert word in done.stderr
+    assert not (tmp_path / "new").exists(), "a refused sweep left folders behind"
 
 
 @pytest.mark.ffcv

@@ -92,3 +92,25 @@ def test_one_driver_at_a_time(tmp_path: Path):
         second.__enter__()
     with folder.held(tmp_path / "s"):
         pass
+
+
+def test_a_start_that_is_refused_leaves_no_folder(tmp_path: Path):
+    with pytest.raises(UserError), folder.held(tmp_path / "runs" / "s"):
+        raise UserError("refused")
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / "runs" / "other").mkdir(parents=True)
+    with pytest.raises(UserError), folder.held(tmp_path / "runs" / "s"):
+        raise UserError("refused")
+    assert [path.name for path in (tmp_path / "runs").iterdir()] == ["other"]
+
+
+def test_a_failed_start_keeps_what_lies_in_the_folder(tmp_path: Path):
+    def fail_after_writing() -> None:
+        with folder.held(tmp_path / "s"):
+            (tmp_path / "s" / "sweep.json").write_text("{}")
+            raise UserError("failed")
+
+    for _ in range(2):
+        with pytest.raises(UserError, match="failed"):
+            fail_after_writing()
+        assert (tmp_path / "s" / "sweep.json").exists()

@@ -1,12 +1,13 @@
 """A Ray cluster to run on: the one that RAY_ADDRESS names, or a private one on this machine while it lasts."""
 
+import fcntl
 import json
 import os
 import secrets
 import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -38,6 +39,7 @@ DRIVER_SETTINGS = {
 }
 LONGEST_TEMP = 40
 """Characters of the temporary folder beyond which Ray's socket paths would exceed the system's limit of 107 bytes."""
+_PREFIX, _OWNER = "sbs-", "owner"
 _TOKEN = secrets.token_hex(32)
 """One for the life of this process, since Ray reads it once."""
 
@@ -105,9 +107,44 @@ def _submission() -> dict[str, str]:
     return {RAY_SUBMISSION_VARIABLE: str(name)} if name else {}
 
 
+@contextmanager
+def scratch(base: Path) -> Iterator[Path]:
+    """A folder of mode 700 in `base` for a cluster's sockets and logs, gone afterwards.
+
+    Whoever is killed leaves it behind; the next start takes such folders away. A lock tells the living from the dead.
+    """
+    _clear(base)
+    folder = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=base))
+    unnamed = folder / ".owner"
+    with unnamed.open("w", encoding="ascii") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        unnamed.rename(folder / _OWNER)  # with its lock: no one ever sees it without
+        file.write(f"{os.getpid()}\n")
+        file.flush()
+        try:
+            yield folder
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _clear(base: Path) -> None:
+    """Remove this user's scratch folders whose owners are dead, wherever on this machine those ran."""
+    for folder in base.glob(f"{_PREFIX}*"):
+        with suppress(OSError):  # another user's, not a scratch folder, alive, or just taken away by another start
+            if folder.is_symlink() or folder.stat().st_uid != os.getuid():
+                continue
+            with (folder / _OWNER).open("r+", encoding="ascii") as file:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                shutil.rmtree(folder, ignore_errors=True)
+
+
 def _private(node: Node) -> Iterator[list[Node]]:
     base = tempfile.gettempdir()
-    folder = Path(tempfile.mkdtemp(prefix="sbs-", dir=base if len(base) <= LONGEST_TEMP else "/tmp"))
+    with scratch(Path(base if len(base) <= LONGEST_TEMP else "/tmp")) as folder:
+        yield from _private_in(folder, node)
+
+
+def _private_in(folder: Path, node: Node) -> Iterator[list[Node]]:
     mine = "RAY_AUTH_MODE" not in os.environ
     if mine:  # read when ray is first imported
         token = folder / "token"
@@ -130,7 +167,6 @@ def _private(node: Node) -> Iterator[list[Node]]:
         yield [node]
     finally:
         ray.shutdown()  # also after a start that failed half-way
-        shutil.rmtree(folder, ignore_errors=True)
         if mine:
             for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN_PATH"):
                 os.environ.pop(name, None)

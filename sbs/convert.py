@@ -34,6 +34,20 @@ def freeze(net: SuperNet) -> Policy:
     return Policy(type(net.model).__name__, net.graph.input_shape, tuple(layers))
 
 
+def policy_of(net: nn.Module, graph: NetworkGraph) -> Policy:
+    """The policy that a network embodies now: super-network (its open gates), compressed or float network."""
+    if isinstance(net, SuperNet):
+        return freeze(net)
+    layers = []
+    for info in graph.layers:
+        layer = net.get_submodule(info.name)
+        bits = (FULL_PRECISION_BITS, FULL_PRECISION_BITS)
+        if isinstance(layer, QuantizedLayer):
+            bits = (layer.settings.weight_bits[-1], layer.settings.activation_bits[-1])
+        layers.append(LayerPolicy(info.name, *bits))
+    return Policy(type(net).__name__, graph.input_shape, tuple(layers))
+
+
 def compress(
     net_or_model: nn.Module,
     policy: Policy,
@@ -58,19 +72,15 @@ def compress(
     policy.checked(graph)
     result = copy.deepcopy(model)
     kept = [_index(policy, graph, i) for i in range(len(graph.groups))]
-    for info in graph.layers:
+    for info, rows, columns in graph.kept(kept):
         choice = policy.layer(info.name)
         source = result.get_submodule(info.name)
         assert isinstance(source, nn.Conv2d | nn.Linear)
         settings = QuantSettings((choice.weight_bits,), (choice.activation_bits,), info.signed, info.image)
-        rows = None if info.group is None else kept[info.group]
-        columns = None if info.source is None or info.kind == "depthwise" else kept[info.source]
-        if columns is not None and info.repeat > 1:
-            columns = (columns.unsqueeze(1) * info.repeat + torch.arange(info.repeat)).reshape(-1)
         result.set_submodule(info.name, _fixed_layer(source, settings, rows, columns))
-    for group, rows in zip(graph.groups, kept, strict=True):
+    for group, channels in zip(graph.groups, kept, strict=True):
         for norm in group.norms:
-            _slice_norm(result.get_submodule(norm), rows)
+            _slice_norm(result.get_submodule(norm), channels)
     if calibration is not None:
         calibrate(result, calibration)
     return result

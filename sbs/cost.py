@@ -8,17 +8,16 @@ layer counts, the first and the last included.
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 
+from sbs.convert import policy_of
 from sbs.errors import SbsError
 from sbs.graph import LayerInfo, NetworkGraph, analyze
+from sbs.policy import Policy
 from sbs.space import FULL_PRECISION_BITS
-
-if TYPE_CHECKING:
-    from sbs.policy import Policy
+from sbs.supernet import SuperNet
 
 CONVENTIONS = ("mac_product", "uniq")
 FLOAT_BYTES = 4
@@ -116,8 +115,6 @@ def cost(
     pruned_share and the original channels come from cost(model, input_shape, policy). Raises SbsError for an unknown
     convention or a policy of another network.
     """
-    from sbs.policy import policy_of
-
     check_convention(convention)
     graph = trace(net_or_model, input_shape)
     policy = policy_of(net_or_model, graph) if policy is None else policy.checked(graph)
@@ -126,8 +123,6 @@ def cost(
 
 def trace(net_or_model: nn.Module, input_shape: tuple[int, ...]) -> NetworkGraph:
     """The graph of any network of ours for images of `input_shape` (C, H, W)."""
-    from sbs.supernet import SuperNet
-
     model = net_or_model.model if isinstance(net_or_model, SuperNet) else net_or_model
     parameter = next(model.parameters())
     image = torch.zeros(1, *input_shape, device=parameter.device, dtype=parameter.dtype)
@@ -145,8 +140,6 @@ class NormTensors:
 
 
 def _norm_tensors(net: nn.Module, graph: NetworkGraph) -> tuple[NormTensors, ...]:
-    from sbs.supernet import SuperNet
-
     model = net.model if isinstance(net, SuperNet) else net
     group_of = {norm: i for i, g in enumerate(graph.groups) for norm in g.norms}
     result = []
@@ -159,7 +152,7 @@ def _norm_tensors(net: nn.Module, graph: NetworkGraph) -> tuple[NormTensors, ...
     return tuple(result)
 
 
-def cost_of(graph: NetworkGraph, policy: "Policy", norms: tuple[NormTensors, ...], convention: str) -> CostReport:
+def cost_of(graph: NetworkGraph, policy: Policy, norms: tuple[NormTensors, ...], convention: str) -> CostReport:
     """The pure part of `cost`: a graph, a policy that belongs to it, and its norms."""
     layers = tuple(_layer_cost(graph, info, policy, convention) for info in graph.layers)
     kept = [len(policy.kept_channels(graph, i)) for i in range(len(graph.groups))]
@@ -175,7 +168,7 @@ def cost_of(graph: NetworkGraph, policy: "Policy", norms: tuple[NormTensors, ...
     )
 
 
-def _layer_cost(graph: NetworkGraph, info: LayerInfo, policy: "Policy", convention: str) -> LayerCost:
+def _layer_cost(graph: NetworkGraph, info: LayerInfo, policy: Policy, convention: str) -> LayerCost:
     choice = policy.layer(info.name)
     kept_out = info.out_channels if info.group is None else len(policy.kept_channels(graph, info.group))
     kept_in = info.in_channels

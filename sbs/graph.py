@@ -7,7 +7,7 @@ group of its producer; channels that reach an addition, a group norm or the outp
 
 import math
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -81,6 +81,18 @@ class NetworkGraph:
     def layer(self, name: str) -> LayerInfo:
         """The layer of that name; KeyError if there is none."""
         return next(layer for layer in self.layers if layer.name == name)
+
+    def kept(self, channels: Sequence[Tensor | None]) -> Iterator[tuple[LayerInfo, Tensor | None, Tensor | None]]:
+        """Every layer with the rows and the columns of its weight that stay; None for all of them.
+
+        channels: indices of the kept channels of every group, None where all are kept; on the CPU.
+        """
+        for info in self.layers:
+            rows = None if info.group is None else channels[info.group]
+            columns = None if info.source is None or info.kind == "depthwise" else channels[info.source]
+            if columns is not None and info.repeat > 1:
+                columns = (columns.unsqueeze(1) * info.repeat + torch.arange(info.repeat)).reshape(-1)
+            yield info, rows, columns
 
 
 def analyze(model: nn.Module, example_input: Tensor) -> NetworkGraph:

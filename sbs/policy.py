@@ -15,7 +15,6 @@ from torch import Tensor, nn
 
 from sbs.errors import SbsError
 from sbs.graph import LayerInfo, NetworkGraph, analyze
-from sbs.layers import QuantizedLayer
 from sbs.space import EDGE_BITS, FULL_PRECISION_BITS, MAX_QUANTIZED_BITS
 
 FORMAT = "sbs-policy"
@@ -186,23 +185,6 @@ def _layer_from_json(entry: dict[str, Any]) -> LayerPolicy:
         entry["activation_bits"],
         None if kept is None else tuple(kept),
     )
-
-
-def policy_of(net: nn.Module, graph: NetworkGraph) -> Policy:
-    """The policy that a network embodies now: super-network (its open gates), compressed or float network."""
-    from sbs.convert import freeze
-    from sbs.supernet import SuperNet
-
-    if isinstance(net, SuperNet):
-        return freeze(net)
-    layers = []
-    for info in graph.layers:
-        layer = net.get_submodule(info.name)
-        bits = (FULL_PRECISION_BITS, FULL_PRECISION_BITS)
-        if isinstance(layer, QuantizedLayer):
-            bits = (layer.settings.weight_bits[-1], layer.settings.activation_bits[-1])
-        layers.append(LayerPolicy(info.name, *bits))
-    return Policy(type(net).__name__, graph.input_shape, tuple(layers))
 
 
 def _some(names: list[str]) -> str:

@@ -118,7 +118,7 @@ class SuperNet(nn.Module):
 
     def channel_gates_of(self, gates: Tensor) -> list[Tensor]:
         """Gate per channel of every ChannelGroup from the vector of all group gates."""
-        return list(gates[self._channel_index].split([g.channels for g in self.graph.groups]))
+        return list(gates[self._channel_index.to(gates.device)].split([g.channels for g in self.graph.groups]))
 
     def _set_contexts(self) -> None:
         self.refresh_kept()
@@ -294,15 +294,10 @@ class SuperNet(nn.Module):
         if self._kept_for is not None and self._kept_for[0] == device and torch.equal(self._kept_for[1], is_open):
             return
         self._kept_for, self._left_moments = (device, is_open), None
-        gates = is_open[self._channel_index.cpu()].split([g.channels for g in self.graph.groups])
-        kept = [_kept_channels(gate) for gate in gates]
-        for info in self.graph.layers:
+        kept = [_kept_channels(gate) for gate in self.channel_gates_of(is_open)]
+        for info, rows, columns in self.graph.kept(kept):
             layer = self.model.get_submodule(info.name)
             assert isinstance(layer, QuantizedLayer)
-            rows = None if info.group is None else kept[info.group]
-            columns = None if info.source is None or info.kind == "depthwise" else kept[info.source]
-            if columns is not None and info.repeat > 1:
-                columns = (columns.unsqueeze(1) * info.repeat + torch.arange(info.repeat)).reshape(-1)
             layer.kept_out = None if rows is None else rows.to(device)
             layer.kept_in = None if columns is None else columns.to(device)
 

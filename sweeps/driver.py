@@ -12,7 +12,8 @@ from harness.plan import takes_budget
 from harness.ray_cluster import Node
 from harness.run_dir import RunDir
 from harness.settings import EXIT_PREEMPTED
-from harness.tracking.mirror import Mirror, Place, is_sent
+from harness.tracking.copying import Place, is_sent
+from harness.tracking.mirror import Mirror
 from harness.tracking.store import Store, default_uri
 from sweeps import folder, outcome
 from sweeps.plan import Plan, Planner, finished, unfinished

@@ -16,7 +16,8 @@ from harness.config import Recipe
 from harness.errors import UserError, nearest
 from harness.run_dir import RunDir, read_json, write_json, write_text
 from harness.tracking import picture, record
-from harness.tracking.mirror import Leftover, place_of
+from harness.tracking.copying import place_of
+from harness.tracking.mirror import Leftover
 from harness.tracking.store import Status, Store
 from sweeps import plot, report
 from sweeps.folder import lasting

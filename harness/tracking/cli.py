@@ -16,7 +16,7 @@ LEFTOVER_WAIT_S = 10.0
 
 def ui(
     runs: Annotated[Path, typer.Argument(help="Folder of runs with its store (mlflow.db).")] = Path(DEFAULT_RUNS_DIR),
-    port: Annotated[int, typer.Option(help="Port on the loopback interface [default: a free one].")] = 0,
+    port: Annotated[int, typer.Option(help="Port on the loopback interface (default: a free one).")] = 0,
 ) -> None:
     """Open the store of a runs folder in the MLflow UI, on the loopback interface only; Ctrl-C ends it."""
     database = runs.resolve() / "mlflow.db"
@@ -47,17 +47,17 @@ def ui(
 def sync(
     folders: Annotated[list[Path], typer.Argument(help="Trial directories, sweeps' folders, or a folder of sweeps.")],
     store: Annotated[
-        str | None, typer.Option(help="Store to fill [default: MLFLOW_TRACKING_URI, or mlflow.db beside the sweeps].")
+        str | None, typer.Option(help="Store to fill (default: MLFLOW_TRACKING_URI, or mlflow.db beside the sweeps).")
     ] = None,
 ) -> None:
     """Fill a tracking store from run directories, after an outage or a loss; doing it twice gives the same store."""
-    from harness.tracking.mirror import sync_sweep
+    from harness.tracking.copying import sync_sweep
     from harness.tracking.store import Store, StoreError, default_uri
 
     for folder in folders:
         sweeps = sweep_folders(folder)
         for path in sweeps:
-            runs_dir = path.parent if (path / "trials").is_dir() else path.parent.parent.parent
+            runs_dir = runs_dir_of(path)
             target = Store(store or default_uri(runs_dir), runs_dir / "mlartifacts", timeout_s=30.0)
             try:
                 count = sync_sweep(target, path)
@@ -75,6 +75,11 @@ def sweep_folders(folder: Path) -> list[Path]:
     if not found:
         raise UserError(f"{folder} holds no trials: give a trial's directory, a sweep's folder, or a folder of sweeps")
     return found
+
+
+def runs_dir_of(path: Path) -> Path:
+    """The folder of all runs that a sweep's folder, a trial of one, or a single run lies in: there is the store."""
+    return path.parent.parent.parent if path.parent.name == "trials" else path.parent
 
 
 def free_port() -> int:

@@ -1,10 +1,11 @@
 """The compressed network of a finished trial as an MLflow model: `model/` in its run directory.
 
-It is made once, by a process of its own at the lowest priority, `python -m harness.tracking.model RUN_DIR...`:
+It is made once, by a process of its own at low priority, `python -m harness.tracking.model RUN_DIR...`:
 following the network's graph takes torch and seconds, which neither a training process nor a driver should give.
 """
 
 import os
+import resource
 import shutil
 import subprocess
 import sys
@@ -17,8 +18,8 @@ from typing import IO, Literal
 from harness.run_dir import RunDir, read_json, write_text
 
 FOLDER = "model"
-LIMIT_S = 600.0
-"""A process that takes longer over one batch is ended."""
+LIMIT_S, CPU_LIMIT_S = 3600.0, 600
+"""A process that takes longer over one batch is ended; beside training little work takes long."""
 
 State = Literal["none", "due", "ready", "failed"]
 
@@ -127,7 +128,8 @@ def _error_path(run: RunDir) -> Path:
 
 def main(folders: Sequence[str]) -> None:
     """Make the models of these run directories, one after the other; ends at the first that fails."""
-    os.nice(19)
+    os.nice(10)
+    resource.setrlimit(resource.RLIMIT_CPU, (CPU_LIMIT_S, CPU_LIMIT_S))
     for folder in folders:
         run = RunDir(folder)
         if state(run) == "due":

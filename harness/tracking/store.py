@@ -114,14 +114,20 @@ class Store:
         return sorted(found.name for found in self.client.search_experiments())
 
     @_translated
+    def find_run(self, experiment: str, identity: Mapping[str, str]) -> str | None:
+        """Id of the run that carries all tags of `identity`, the oldest if there are several; None if there is none."""
+        condition = " and ".join(f"tags.`{key}` = '{value}'" for key, value in identity.items())
+        found = self.client.search_runs([experiment], condition, max_results=1, order_by=["attributes.start_time ASC"])
+        return str(found[0].info.run_id) if found else None
+
+    @_translated
     def run(
         self, experiment: str, identity: Mapping[str, str], name: str, start_ms: int | None, parent: str | None
     ) -> str:
-        """Id of the run that carries all tags of `identity`, the oldest if there are several, made if there is none."""
-        condition = " and ".join(f"tags.`{key}` = '{value}'" for key, value in identity.items())
-        found = self.client.search_runs([experiment], condition, max_results=1, order_by=["attributes.start_time ASC"])
-        if found:
-            return str(found[0].info.run_id)
+        """`find_run`, made if there is none."""
+        found = self.find_run(experiment, identity)
+        if found is not None:
+            return found
         tags = {**identity, "mlflow.runName": name, "mlflow.source.name": "sbs-harness"}
         if parent is not None:
             tags["mlflow.parentRunId"] = parent

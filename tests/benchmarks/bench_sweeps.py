@@ -10,7 +10,13 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from tests.benchmarks.measure import Row
+from harness.run_dir import RunDir
+from harness.tracking.cli import free_port
+from harness.tracking.copying import Place, sync_trial
+from harness.tracking.mirror import Mirror
+from harness.tracking.store import Store
+from tests.benchmarks.measure import Estimate, Row, estimate
+from tests.integration.test_tracking import Server
 
 FINISHED_RUNS = 2000
 NOOP_TRIALS = 200
@@ -36,6 +42,7 @@ def rows() -> Iterator[Row]:
     per_trial, growth = noop_trials()
     yield Row("no-op trial through Tune, tracked", per_trial, must=3.0, unit="s")
     yield Row("growth of the driver per trial", growth, must=0.5, unit="MiB")
+    yield Row("step time with tracking / without", tracked_steps(), must=1.05, unit="x", wanted=1.01)
     yield Row("fixed cost of a trial of one worker", fixed_cost(workers=1), must=6.0, unit="s")
     yield Row("fixed cost of a trial of two workers", fixed_cost(workers=2), must=12.0, unit="s")
 
@@ -58,8 +65,6 @@ def pareto_of_many() -> float:
 def fill_store(folder: Path, count: int) -> None:
     """One run through MLflow, then copies of its rows under other ids: two thousand requests would take minutes."""
     from harness.config import TrialSpec, load_recipe
-    from harness.tracking.mirror import Place, sync_trial
-    from harness.tracking.store import Store
     from tests.integration.fake_trial import write_trial
 
     recipe = load_recipe("digits_resnet20", ["search.lambda=0.5"])
@@ -108,6 +113,54 @@ def fixed_cost(workers: int, trials: int = 4) -> float:
             extra.append(wall - sum(json.loads(path.read_text())["timings_s"].values()))
         assert len(extra) == trials + 1
         return sum(extra) / len(extra)
+
+
+def tracked_steps(pairs: int = 9) -> Estimate:
+    """Step time of the epochs that are sent to a real MLflow server as they come, over that of their neighbours.
+
+    One process trains, a thread of this one is the mirror of every other epoch, the server is a third process.
+    """
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        server = Server(folder, free_port(), f"sqlite:///{folder}/server.db")
+        server.start()
+        command = [sys.executable, "-m", "harness", "train", "digits_resnet20", "--run-dir", f"{name}/run"]
+        options = [f"data.dir={name}/data", "search.method=full_precision", f"pretrain.epochs={2 * pairs + 2}"]
+        # records are sent once a checkpoint covers them; without tracking they are written all the same
+        options += ["run.checkpoint_every_steps=5", "run.threads=1"]
+        command += [word for option in options for word in ("--set", option)]
+        training = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+        try:
+            steps_s = _alternate(RunDir(folder / "run"), Store(server.uri), training)
+        finally:
+            training.kill()
+            training.wait()
+            server.stop()
+    ratios = []
+    for plain in range(2, len(steps_s), 2):  # epochs 0 and 1 warm up
+        # against the mean of the epochs before and after: a machine that slows down or speeds up cancels out
+        around = [steps_s[number] for number in (plain - 1, plain + 1) if number < len(steps_s)]
+        ratios.append(sum(around) / len(around) / steps_s[plain])
+    return estimate(ratios)
+
+
+def _alternate(run: RunDir, store: Store, training: "subprocess.Popen[bytes]") -> list[float]:
+    """Mean step time of every epoch; those with odd numbers are mirrored while they run."""
+    mirror: Mirror | None = None
+    while True:
+        steps_s = [r["metrics"]["speed/step_s"] for r in run.metrics() if "speed/step_s" in r.get("metrics", {})]
+        odd = len(steps_s) % 2 == 1
+        if odd and mirror is None:
+            mirror = Mirror(store, Place("bench"), poll_s=0.5)
+            mirror.__enter__()
+            mirror.watch(run)
+        if mirror is not None and (not odd or training.poll() is not None):
+            mirror.close(0.0)
+            mirror = None
+        if training.poll() is not None:
+            assert training.returncode == 0, training.returncode
+            return steps_s
+        time.sleep(0.02)
 
 
 def write_space(folder: Path, *, workers: int, lambdas: list[float]) -> Path:

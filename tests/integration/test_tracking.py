@@ -1,5 +1,6 @@
 """The mirror against real MLflow stores: sqlite, a server process that goes away and comes back, one on PostgreSQL."""
 
+import functools
 import json
 import os
 import shutil
@@ -7,6 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 import urllib.request
@@ -19,8 +21,10 @@ import pytest
 
 from harness.config import TrialSpec, load_recipe
 from harness.run_dir import RunDir, write_json
-from harness.tracking.mirror import Mirror, Place, sync_sweep, sync_trial
+from harness.tracking.copying import Place, sync_sweep, sync_trial
+from harness.tracking.mirror import Mirror
 from harness.tracking.store import Store, StoreError
+from tests.integration import tiny
 from tests.integration.fake_trial import expected, write_trial
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(240)]
@@ -66,7 +70,18 @@ def contents(store: Store) -> dict[str, dict]:
     return found
 
 
+@functools.cache
+def empty_database() -> bytes:
+    """An sqlite store as MLflow makes it, which takes it seconds each time."""
+    with tempfile.TemporaryDirectory() as name:
+        assert Store(f"sqlite:///{name}/mlflow.db").experiments() == ["Default"]
+        return (Path(name) / "mlflow.db").read_bytes()
+
+
 def sqlite_store(folder: Path) -> Store:
+    if not folder.exists():
+        folder.mkdir()
+        (folder / "mlflow.db").write_bytes(empty_database())
     return Store(f"sqlite:///{folder}/mlflow.db", folder / "mlartifacts")
 
 
@@ -214,6 +229,41 @@ def test_status_for_every_way_to_end(tmp_path: Path, files: str, status: str):
     assert found["tags"].get("harness.error") == ("the loss is nan" if files == "error" else None)
 
 
+def test_a_lone_trial_leaves_no_parent_running(tmp_path: Path):
+    """With its sweep's folder around it the parent is that sweep; taken elsewhere, it ends like the trial."""
+    folder = describe_sweep(tmp_path)
+    run = write_trial(spec(tmp_path))
+    at_home = sqlite_store(tmp_path / "home")
+    assert sync_sweep(at_home, run.path) == 1
+    parent = contents(at_home)["exp"]
+    assert (parent["status"], parent["start"], parent["end"]) == ("FINISHED", 1000, 2000)
+    assert parent["history"]["h"] == [(0, 2000, 2.5)]
+    shutil.copytree(run.path, tmp_path / "taken" / "away" / "trial0")
+    elsewhere = sqlite_store(tmp_path / "elsewhere")
+    assert sync_sweep(elsewhere, tmp_path / "taken" / "away" / "trial0") == 1
+    found = contents(elsewhere)
+    assert [found[name]["status"] for name in ("exp", "trial0")] == ["FINISHED", "FINISHED"]
+    assert found["exp"]["end"] == found["trial0"]["end"]
+    told = json.loads((folder / "tracking.json").read_text())
+    write_json(folder / "tracking.json", told | {"status": "RUNNING", "end_ms": None})
+    assert sync_sweep(at_home, folder) == 1
+    parent = contents(at_home)["exp"]
+    assert (parent["status"], parent["end"]) == ("KILLED", 1700000003000), "its driver is gone"
+
+
+def test_what_somebody_works_on_is_running(tmp_path: Path):
+    folder = describe_sweep(tmp_path)
+    told = json.loads((folder / "tracking.json").read_text())
+    write_json(folder / "tracking.json", told | {"status": "RUNNING", "end_ms": None})
+    run = write_trial(spec(tmp_path), finish=False)
+    store = sqlite_store(tmp_path / "store")
+    with run.lock(), RunDir(folder).lock():  # a sweep's folder is locked alike
+        sync_sweep(store, folder)
+        assert {found["status"] for found in contents(store).values()} == {"RUNNING"}
+    sync_sweep(store, folder)
+    assert {found["status"] for found in contents(store).values()} == {"KILLED"}
+
+
 def test_a_run_that_goes_on_after_a_kill_is_the_same_run(tmp_path: Path):
     made = spec(tmp_path)
     run = write_trial(made, epochs=2, finish=False)
@@ -275,6 +325,44 @@ def test_outages_hangs_and_restarts_lose_and_double_nothing(tmp_path: Path, serv
         assert [value for _, _, value in history["search/loss"]] == [1.0 / epoch for epoch in range(1, epochs + 1)]
         assert len(history["final/top1"]) == 1
         assert found[f"trial{number}"]["status"] == "FINISHED"
+
+
+@pytest.mark.ffcv
+def test_a_training_that_outlives_its_server_loses_nothing(tmp_path: Path, server: Server):
+    """The server dies while a trial trains and stays away until it has ended, longer than any request is tried."""
+    epochs = 40
+    recipe = tiny.recipe_file(tiny.write_data(tmp_path / "tiny"))
+    path = tmp_path / "runs" / "exp" / "trials" / "trial0"
+    options = ["search.method=full_precision", f"pretrain.epochs={epochs}", "run.threads=1"]
+    command = [sys.executable, "-m", "harness", "train", str(recipe), "--run-dir", str(path)]
+    command += [word for option in options for word in ("--set", option)]
+    run = RunDir(path).create()
+    write_json(path / "trial.json", {"key": "0", "label": "trial0", "experiment": "exp", "sweep": "exp"})
+    with Mirror(Store(server.uri, timeout_s=2.0), PLACE, poll_s=0.05) as mirror:
+        mirror.watch(run)
+        with (tmp_path / "log").open("wb") as log:
+            training = subprocess.Popen(command, stdout=log, stderr=log, cwd=tmp_path)
+        try:
+            wait_until(lambda: training.poll() is not None or len(run.metrics()) > 1)
+            assert training.poll() is None, (tmp_path / "log").read_text()
+            server.stop()
+            assert training.wait(120) == 0, (tmp_path / "log").read_text()
+        finally:
+            training.kill()
+            training.wait()
+        mirror.ended(run, "FINISHED")
+        # a request has at most two tries: by now all that were under way have been given up, several times over
+        wait_until(lambda: mirror.failures >= 5, limit_s=120.0)
+        server.start()
+        assert mirror.close(120.0) is None
+    (found,) = [each for name, each in contents(Store(server.uri)).items() if name == "trial0"]
+    assert found["status"] == "FINISHED"
+    sent = {(key, step, value) for key, points in found["history"].items() for step, _, value in points}
+    records = [record for record in run.metrics() if record["kind"] == "metrics"]
+    written = {(key, record["step"], float(value)) for record in records for key, value in record["metrics"].items()}
+    assert len([record for record in records if record["stage"] == "pretrain"]) == epochs
+    assert written <= sent
+    assert sum(len(found["history"][key]) for key in records[0]["metrics"]) == epochs * len(records[0]["metrics"])
 
 
 def test_a_server_that_stays_away_costs_the_patience_and_is_named(tmp_path: Path, free_port: int):

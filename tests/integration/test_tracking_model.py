@@ -13,11 +13,12 @@ from harness.checkpoint import save_weights
 from harness.networks import as_document, compressed
 from harness.run_dir import RunDir, write_json
 from harness.tracking import model
-from harness.tracking.mirror import Mirror, is_sent, sync_sweep, sync_trial
+from harness.tracking.copying import is_sent, sync_sweep, sync_trial
+from harness.tracking.mirror import Mirror
 from tests.integration.fake_trial import write_trial
 from tests.integration.test_tracking import PLACE, contents, spec, sqlite_store
 
-pytestmark = [pytest.mark.integration, pytest.mark.timeout(240)]
+pytestmark = [pytest.mark.integration, pytest.mark.timeout(400)]
 
 LOAD = """
 import sys, mlflow, torch
@@ -56,7 +57,7 @@ def test_the_model_loads_from_the_store_without_us_and_is_made_once(tmp_path: Pa
     store = sqlite_store(tmp_path / "store")
     with Mirror(store, PLACE, poll_s=0.1) as mirror:
         mirror.ended(run, "FINISHED")
-        assert mirror.close(120.0) is None
+        assert mirror.close(240.0) is None
     assert is_sent(store, run)
     found = contents(store)["trial0"]
     assert (found["status"], "model" in found["files"]) == ("FINISHED", True)

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from harness.run_dir import RunDir
-from harness.tracking.mirror import sync_trial
+from harness.tracking.copying import sync_trial
 from harness.tracking.store import Store
 from tests.integration import browser
 from tests.integration.fake_trial import write_trial

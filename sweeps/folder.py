@@ -54,7 +54,7 @@ def _recipe(before: Mapping[str, Any], path: Path) -> Recipe:
 
 
 def lasting(base: Recipe, varied: Iterable[str]) -> dict[str, Any]:
-    """`section.key` -> value of all that trials share: not axes, methods, seeds, lambda or budgets, not where they run."""
+    """`section.key` -> value of all that trials share: not axes, methods, seeds, lambda, budgets nor where they run."""
     left_out = {*varied, "search.method", *_NEUTRAL}.union(*DRIVES)
     return {key: value for key, value in flat(base.to_dict()).items() if key not in left_out}
 

@@ -1,5 +1,6 @@
 """Small files on storage that several machines share: written whole or not at all, readable by their owner only."""
 
+import errno
 import json
 import os
 import tempfile
@@ -7,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 OWNER_ONLY = 0o700
+_STALE_TRIES = 5
 
 
 def make_private_dir(path: Path) -> Path:
@@ -43,11 +45,16 @@ def write_json(path: Path, tree: Any) -> None:
 
 def read_json(path: Path) -> Any | None:
     """Plain data of a file that another machine may just have written; None while there is none."""
-    refresh(path.parent)
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (FileNotFoundError, json.JSONDecodeError):
-        return None
+    for _ in range(_STALE_TRIES):
+        refresh(path.parent)
+        try:
+            return json.loads(path.read_text(encoding="utf-8"))
+        except (FileNotFoundError, json.JSONDecodeError):
+            return None
+        except OSError as error:
+            if error.errno != errno.ESTALE:  # replaced while it was read: the new one is there
+                raise
+    return None
 
 
 def refresh(folder: Path) -> None:

@@ -23,18 +23,17 @@ class Follower:
 
     def run(self) -> None:
         """Join, stay, leave."""
-        with Scratch(Path(self.life.profile.node.scratch)) as scratch:
-            try:
+        try:
+            with Scratch(Path(self.life.profile.node.scratch)) as scratch:
                 ray = self.life.ray_node(scratch)
-            except UserError as error:
-                self.tell_loss(f"error: {error}")
-                return
-            assert ray is not None  # arrays have one node, and so no followers
-            try:
-                self.serve(ray)
-            finally:
-                done = self.rendezvous.get("done") or {"exit_status": 1}
-                ray.stop(keep_logs=self.life.keeps_logs(int(done["exit_status"])))
+                assert ray is not None  # arrays have one node, and so no followers
+                try:
+                    self.serve(ray)
+                finally:
+                    done = self.rendezvous.get("done") or {"exit_status": 1}
+                    ray.stop(keep_logs=self.life.keeps_logs(int(done["exit_status"])))
+        except UserError as error:  # this node cannot take part
+            self.tell_loss(f"error: {error}")
         self.rendezvous.put(f"left-{self.life.place.rank}", self.name)
 
     def serve(self, ray: RayNode) -> None:

@@ -83,7 +83,10 @@ def remove_folder(folder: Path) -> None:
 
 
 def remove_stale(scratch: Path, prefix: str) -> list[Path]:
-    """Remove folders of this user's jobs whose launcher is gone (a node that lost power kept them)."""
+    """Remove folders of this user's jobs whose launcher is gone (a node that lost power kept them).
+
+    Folders of other machines are left alone: scratch that nodes share holds those of jobs that run there.
+    """
     removed = []
     for folder in scratch.glob(f"{prefix}*"):
         try:
@@ -91,10 +94,15 @@ def remove_stale(scratch: Path, prefix: str) -> list[Path]:
             mine = folder.stat().st_uid == os.getuid()
         except OSError:
             continue
-        if mine and len(owner) == 2 and start_time(int(owner[0])) != owner[1]:
+        if mine and len(owner) == 3 and owner[2] == os.uname().nodename and start_time(int(owner[0])) != owner[1]:
             remove_folder(folder)
             removed.append(folder)
     return removed
+
+
+def owner_note(pid: int) -> str:
+    """What stands in a folder's `OWNER_FILE`: its launcher's pid, start time and machine."""
+    return f"{pid} {start_time(pid)} {os.uname().nodename}"
 
 
 def start_time(pid: int) -> str:

@@ -54,10 +54,12 @@ def run_life(submission: records.Submission, index: int) -> int:
     if life.place.rank:
         Follower(life).run()
         return 0
+    leader = Leader(life)
     try:
-        verdict = Leader(life).run()
+        verdict = leader.run()
     except UserError as error:
         life.say(f"error: {error}")
+        leader.dismiss(EXIT_USER_ERROR, str(error))
         records.record_finish(life.task_folder, EXIT_USER_ERROR, str(error), len(life.earlier) + 1)
         return _process_status(life, EXIT_USER_ERROR, requeue=False)
     return _process_status(life, verdict.exit_status, requeue=verdict.action == "requeue")

@@ -31,6 +31,7 @@ class Leader:
         if refusal is not None:
             self.life.say(f"not started again: {refusal.reason}")
             self.finish(refusal)
+            self.dismiss(refusal.exit_status, refusal.reason)
             return refusal
         verdict = Verdict("finish", EXIT_NOT_STARTED, "the launcher failed")
         try:
@@ -42,7 +43,7 @@ class Leader:
                     if verdict.action == "finish":
                         self.finish(verdict)
                 finally:
-                    self.rendezvous.put("done", {"exit_status": verdict.exit_status, "reason": verdict.reason})
+                    self.dismiss(verdict.exit_status, verdict.reason)
                     if ray is not None:
                         ray.stop(keep_logs=self.life.keeps_logs(verdict.exit_status))
         finally:
@@ -127,7 +128,8 @@ class Leader:
         if not ray.alive():
             self.life.say("Ray's processes on the head node died")
             return Cause.NODE_LOST
-        gone = self.rendezvous.ranks("lost") or self.rendezvous.silent_ranks(self.profile.requeue.node_lost_after_s)
+        silent = self.rendezvous.silent_ranks(self.profile.requeue.node_lost_after_s)
+        gone = sorted({*self.rendezvous.ranks("lost"), *silent})
         if not gone or self.life.story.get("lost_ranks") == gone:
             return None
         policy = self.profile.requeue.on_node_loss
@@ -160,6 +162,10 @@ class Leader:
         records.record_finish(
             self.life.task_folder, verdict.exit_status, verdict.reason, lives=len(self.life.earlier) + 1
         )
+
+    def dismiss(self, exit_status: int, reason: str) -> None:
+        """Tell the other nodes that it is over."""
+        self.rendezvous.put("done", {"exit_status": exit_status, "reason": reason})
 
     def conclude(self, verdict: Verdict) -> Verdict:
         """Write the end of this life; go back to the queue if that is the verdict."""

@@ -54,8 +54,9 @@ class Life:
 
     def environ(self, scratch: Scratch) -> dict[str, str]:
         """What the command finds in its environment, Ray's part left out; `python` is the profile's, or this one."""
-        python = Path(self.profile.node.python or sys.executable)
-        path = os.pathsep.join([str(python.parent), os.environ.get("PATH", os.defpath)])
+        python, path = self.profile.node.python or sys.executable, os.environ.get("PATH", os.defpath)
+        if os.sep in python:  # a plain name is looked up: the working directory must not come before the system
+            path = os.pathsep.join([str(Path(python).parent), path])
         return os.environ | scratch.environ() | {"PATH": path}
 
     def interrupted(self) -> bool:

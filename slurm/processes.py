@@ -14,6 +14,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO, Self
 
+from harness.errors import UserError
 from slurm import keeper
 
 SCRATCH_PREFIX = "sbs-"
@@ -73,15 +74,23 @@ def wait_until(condition: Callable[[], bool], limit_s: float, *, every_s: float 
 
 
 class Scratch:
-    """A private folder on this node and a mark for all processes; both are gone when this closes, however it ends."""
+    """A private folder on this node and a mark for all processes; both are gone when this closes, however it ends.
+
+    Raises `UserError` where there can be no such folder.
+    """
 
     def __init__(self, base: Path) -> None:
-        keeper.remove_stale(base, SCRATCH_PREFIX)
         self.mark = uuid.uuid4().hex
-        self.folder = Path(tempfile.mkdtemp(prefix=SCRATCH_PREFIX, dir=base))
-        owner = f"{os.getpid()} {keeper.start_time(os.getpid())}"
-        (self.folder / keeper.OWNER_FILE).write_text(owner, encoding="utf-8")
-        (self.folder / "tmp").mkdir()
+        try:
+            keeper.remove_stale(base, SCRATCH_PREFIX)
+            self.folder = Path(tempfile.mkdtemp(prefix=SCRATCH_PREFIX, dir=base))
+            (self.folder / keeper.OWNER_FILE).write_text(keeper.owner_note(os.getpid()), encoding="utf-8")
+            (self.folder / "tmp").mkdir()
+        except OSError as error:
+            raise UserError(
+                f"node.scratch = {str(base)!r} cannot be used on {os.uname().nodename}: {error.strerror or error}; it "
+                "must be a folder of the node itself in which jobs may write"
+            ) from None
         self._keeper = subprocess.Popen(
             [sys.executable, "-I", "-S", keeper.__file__, self.mark, str(self.folder)],
             stdin=subprocess.PIPE,

@@ -190,8 +190,8 @@ class Partition:
 
 
 def partitions() -> list[Partition]:
-    """The partitions of the cluster."""
-    return parse_sinfo(call(["sinfo", "-h", "-o", "%R|%l|%D|%c"]))
+    """The partitions of the cluster, those that a site does not show unasked included."""
+    return parse_sinfo(call(["sinfo", "-h", "-a", "-o", "%R|%l|%D|%c"]))
 
 
 def parse_sinfo(text: str) -> list[Partition]:
@@ -201,9 +201,14 @@ def parse_sinfo(text: str) -> list[Partition]:
         name, limit, nodes, cpus = line.split("|")
         limit_s = seconds(limit)
         known = found.get(name, Partition(name, None if limit_s is None else limit_s // 60, 0, 0))
-        largest = max(known.cpus, int(cpus.rstrip("+")))
-        found[name] = Partition(name, known.limit_minutes, known.nodes + int(nodes), largest)
+        largest = max(known.cpus, count(cpus.rstrip("+")))
+        found[name] = Partition(name, known.limit_minutes, known.nodes + count(nodes), largest)
     return list(found.values())
+
+
+def count(text: str) -> int:
+    """A number as SLURM prints it: 1024 is `1K`."""
+    return int(text[:-1]) << 10 if text.endswith("K") else int(text)
 
 
 def user_name() -> str:

@@ -113,11 +113,13 @@ class RayNode:
         """Try a few times: a port that was free may be taken by the time Ray binds it."""
         end, state = time.monotonic() + self.profile.ray.start_limit_s, ""
         for _ in range(_START_TRIES):
-            with self.log.open("ab") as output:
-                output.truncate(0)
-                self.process = process = spawn(
-                    [*self.command_line(), *options()], self.env(), output=output, cwd=self.workdir
-                )
+            command = [*self.command_line(), *options()]
+            try:
+                with self.log.open("ab") as output:
+                    output.truncate(0)
+                    self.process = process = spawn(command, self.env(), output=output, cwd=self.workdir)
+            except OSError as error:  # it names what does not exist here: the program, or the working directory
+                raise RayStartError(f"cannot start {command[0]!r} on {self.place.node_name}: {error}") from None
             while process.poll() is None and time.monotonic() < end and not self.interrupted():
                 if _STARTED in self._said():
                     return

@@ -1,5 +1,6 @@
 """How the launchers of one life of a job find each other: small files in a private folder on shared storage."""
 
+import contextlib
 import secrets
 import time
 from dataclasses import dataclass, field
@@ -52,15 +53,20 @@ class Rendezvous:
         now = time.monotonic()
         if now - self._last_beat >= _BEAT_EVERY_S:
             self._last_beat = now
-            self.put(f"beat-{self.rank}", {"count": now})
+            with contextlib.suppress(OSError):  # a full or stalled disk: others wait for some beats before they worry
+                self.put(f"beat-{self.rank}", {"count": now})
 
     def silent_ranks(self, limit_s: float) -> list[int]:
-        """The other ranks whose sign of life has not changed for `limit_s` by this node's clock."""
+        """The other ranks whose sign of life has not changed for `limit_s` by this node's clock.
+
+        Who has not looked for long (stopped by SLURM, or in a read from storage that hung for all) counts from now.
+        """
         now = time.monotonic()
         if now - self._last_look >= _BEAT_EVERY_S:
+            stood_still = now - self._last_look > max(limit_s / 2, 2 * _BEAT_EVERY_S)
             self._last_look = now
             for rank in set(range(self.world)) - {self.rank}:
                 seen = self.get(f"beat-{rank}")
-                if rank not in self._beats or self._beats[rank][0] != seen:
+                if rank not in self._beats or self._beats[rank][0] != seen or stood_still:
                     self._beats[rank] = (seen, now)
         return sorted(rank for rank, (_, since) in self._beats.items() if now - since > limit_s)

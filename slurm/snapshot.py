@@ -16,6 +16,7 @@ from typing import Any
 from harness.errors import UserError
 from harness.settings import DEFAULT_RUNS_DIR
 from slurm.files import make_private_dir, write_json, write_text
+from slurm.records import SUBMISSION_FILE
 
 CODE_FOLDER = "code"
 LIMIT_BYTES = 512 << 20
@@ -79,10 +80,14 @@ def record(folder: Path, workdir: Path, environ: Mapping[str, str]) -> None:
 
 
 def files_of(workdir: Path) -> list[Path]:
-    """The files that are the code, relative to `workdir`: what git tracks or does not ignore, else all but caches."""
+    """The files that are the code, relative to `workdir`: what git tracks or does not ignore, else all but caches.
+
+    Results (`runs/`) are none, whether git ignores them or not.
+    """
     listed = _git(workdir, "ls-files", "--cached", "--others", "--exclude-standard", "-z")
     if listed is not None:
-        return sorted(Path(name) for name in listed.split("\0") if name and (workdir / name).is_file())
+        named = [Path(name) for name in listed.split("\0") if name and not name.startswith(f"{DEFAULT_RUNS_DIR}/")]
+        return sorted(file for file in named if (workdir / file).is_file())
     found = []
     for parent, folders, names in os.walk(workdir):
         folders[:] = [name for name in folders if name not in _NOT_CODE]
@@ -97,7 +102,9 @@ def copy_code(workdir: Path, folder: Path) -> Path:
     paths of a command mean the same in the copy: code and configuration are frozen, data and results are shared.
     Raises `UserError` if the code is larger than 512 MiB.
     """
-    files = files_of(workdir)
+    # submissions, with copies of their own, may lie in the checkout without being ignored
+    earlier = {path.parent for path in folder.parent.glob(f"*/{SUBMISSION_FILE}")}
+    files = [file for file in files_of(workdir) if earlier.isdisjoint((workdir / file).parents)]
     sizes = {file: (workdir / file).stat().st_size for file in files}
     if sum(sizes.values()) > LIMIT_BYTES:
         largest = sorted(sizes, key=lambda file: -sizes[file])[:3]

@@ -92,11 +92,15 @@ def submit(submission: Submission) -> Submission:
     """Record, copy, and hand over; returns the record with the job's id."""
     from slurm.executors import start_local, submit_batch
 
-    submission.save()
-    snapshot.record(submission.folder, submission.origin, os.environ)
-    if submission.workdir != submission.origin:
-        snapshot.copy_code(submission.origin, submission.folder)
-    submission.log_folder.mkdir(exist_ok=True)
+    try:
+        submission.save()
+        snapshot.record(submission.folder, submission.origin, os.environ)
+        if submission.workdir != submission.origin:
+            snapshot.copy_code(submission.origin, submission.folder)
+        submission.log_folder.mkdir(exist_ok=True)
+    except BaseException:  # too much code, a full disk, Ctrl-C: nothing was submitted, and nothing is recorded
+        shutil.rmtree(submission.folder, ignore_errors=True)
+        raise
     kept = dict(os.environ)
     try:
         os.environ.clear()

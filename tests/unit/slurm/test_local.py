@@ -94,6 +94,31 @@ def test_mistakes_are_one_message_and_status_2(tmp_path: Path, arguments: list[s
     assert not (tmp_path / "runs").exists()
 
 
+def test_code_that_is_too_large_leaves_no_record(tmp_path: Path):
+    with (tmp_path / "weights.bin").open("wb") as file:
+        file.truncate(600 << 20)
+    done = slurm(tmp_path, "submit", "--local", "--array", "1", "--", "true", status=2)
+    assert "weights.bin (600 MiB)" in done.stderr
+    assert "no submission is recorded" in slurm(tmp_path, "status").stdout
+
+
+@pytest.mark.parametrize(
+    ("override", "status", "words"),
+    [
+        ("node.python=/no/such/python", 70, "cannot start '/no/such/python' on"),
+        ("node.scratch=/no/such/folder", 2, "error: node.scratch = '/no/such/folder' cannot be used on"),
+        ("node.interface=ib7", 2, "error: node.interface = 'ib7' has no IPv4 address on"),
+    ],
+)
+def test_node_that_cannot_run_ray_says_why(tmp_path: Path, override: str, status: int, words: str):
+    job = ["--local", "--no-snapshot", "--set", override, "--wait", "--name", "a", "--", "true"]
+    done = slurm(tmp_path, "submit", *job, status=None)
+    assert words in done.stdout
+    assert "Traceback" not in done.stdout
+    assert the_status(tmp_path, "a")["exit_status"] == status
+    assert done.returncode == status
+
+
 def test_dry_run_writes_nothing(tmp_path: Path):
     done = slurm(tmp_path, "submit", "--dry-run", "--nodes", "3", "--", "anything")
     assert "#SBATCH --nodes=3\n" in done.stdout

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from harness.errors import UserError
 from slurm import keeper
 from slurm.processes import SCRATCH_PREFIX, Scratch, exit_status, spawn, stop
 
@@ -101,14 +102,22 @@ def test_shared_memory_that_others_use_stays(tmp_path: Path):
         memory.unlink()
 
 
+def test_scratch_that_cannot_be_used_is_one_message(tmp_path: Path):
+    with pytest.raises(UserError, match=rf"node\.scratch = '{tmp_path}/none' cannot be used on .*: No such file"):
+        Scratch(tmp_path / "none")
+
+
 def test_folders_of_dead_launchers_are_removed_at_the_next_start(tmp_path: Path):
-    living, dead, foreign = (tmp_path / f"{SCRATCH_PREFIX}{name}" for name in ("living", "dead", "foreign"))
-    for folder in (living, dead, foreign):
+    names = ("living", "dead", "foreign", "elsewhere")
+    living, dead, foreign, elsewhere = (tmp_path / f"{SCRATCH_PREFIX}{name}" for name in names)
+    for folder in (living, dead, foreign, elsewhere):
         folder.mkdir()
-    (living / keeper.OWNER_FILE).write_text(f"{os.getpid()} {keeper.start_time(os.getpid())}")
-    (dead / keeper.OWNER_FILE).write_text(f"{os.getpid()} another-boot:17")
+    (living / keeper.OWNER_FILE).write_text(keeper.owner_note(os.getpid()))
+    (dead / keeper.OWNER_FILE).write_text(f"{os.getpid()} another-boot:17 {os.uname().nodename}")
+    (elsewhere / keeper.OWNER_FILE).write_text(f"{os.getpid()} another-boot:17 another-node")
     assert keeper.remove_stale(tmp_path, SCRATCH_PREFIX) == [dead]
     assert living.exists()
+    assert elsewhere.exists(), "on scratch that nodes share it belongs to a job of another node"
     assert foreign.exists(), "a folder without an owner's note is not ours to remove"
 
 

@@ -62,6 +62,10 @@ def test_sinfo_lines_of_one_partition_are_added_up():
     assert found == [queue.Partition("main", 1440, 6, 128), queue.Partition("free", None, 1, 8)]
 
 
+def test_round_numbers_are_printed_with_a_letter():
+    assert queue.parse_sinfo("big|infinite|2K|1K+\n") == [queue.Partition("big", None, 2048, 1024)]
+
+
 def test_a_job_can_submit_a_job():
     inside = {
         "SLURM_JOB_ID": "1",

@@ -46,6 +46,21 @@ def test_copy_holds_the_code_and_links_the_data(checkout: Path, tmp_path: Path):
     assert oct(code.stat().st_mode & 0o777) == "0o700"
 
 
+@pytest.mark.parametrize("runs", ["runs/slurm", "out"])
+def test_results_that_git_does_not_ignore_are_shared_and_never_copied(checkout: Path, runs: str):
+    """Else each copy would hold all earlier ones, and what the command writes into `runs/` would stay in its copy."""
+    for name in ("earlier", "now"):
+        (checkout / runs / name).mkdir(parents=True)
+        (checkout / runs / name / "submission.json").write_text("{}")
+        (checkout / runs / name / "big").write_text("x")
+    (checkout / runs / "note.txt").write_text("of the project, beside the records")
+    code = snapshot.copy_code(checkout, checkout / runs / "now")
+    assert (code / "pkg" / "code.py").read_text() == "x = 1\n"
+    assert (code / "runs").resolve() == checkout / "runs"
+    assert (code / runs / "note.txt").is_file()
+    assert runs != "out" or not (code / "out" / "earlier").exists()
+
+
 def test_copy_without_git_leaves_out_caches_and_results(tmp_path: Path):
     folder = tmp_path / "plain"
     for name in ("__pycache__", "runs", ".venv"):

@@ -302,7 +302,8 @@ DRIVES: tuple[frozenset[str], ...] = (
 
 def _drop_other_drives(search: Any, overrides: Sequence[str]) -> None:
     """An override of what drives a search replaces what the recipe says: TOML has no null to unset it with."""
-    keys = {override.partition("=")[0].strip() for override in overrides}
+    named = (override.partition("=") for override in overrides)
+    keys = {key.strip() for key, _, value in named if value.strip() != "null"}
     chosen = [group for group in DRIVES if keys & group]
     if not isinstance(search, dict) or not chosen:
         return

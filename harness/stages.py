@@ -147,8 +147,8 @@ class _Trial:
         state = load(self.context.run.stages / f"{stage}.pt", key)
         if state is None and self.context.spec.stage_cache is not None:
             state = load(Path(self.context.spec.stage_cache) / f"{stage}-{key}.pt", key)
-            # The records of the trial that made it are not ours.
-            state = None if state is None else state | {"seq": 0}
+            # Records and time of the trial that made it are not ours.
+            state = None if state is None else state | {"seq": 0, "timings_s": {}}
         return state
 
     def _keep(self, stage: str, outcome: Outcome) -> None:

@@ -69,7 +69,6 @@ def sweep(folder: Path, title: str, drive: str) -> Measured:
     for path in (folder / "runs" / name / "trials").glob("*-sbs-*"):
         search = json.loads((path / "config.json").read_text())["search"]
         reduction = json.loads((path / "result.json").read_text())["bop_reduction"]
-        # not the stages' times: a trial that takes a search over counts it among its own
         seconds += json.loads((path / "wall.json").read_text())["wall_s"]
         shares.append(1 / reduction / search["budget"])
     assert len(shares) == len(BUDGETS) * len(SEEDS)

@@ -92,6 +92,7 @@ def test_one_search_gives_a_network_for_each_budget(snapshots: dict[float, Trial
         assert lands(trial.result, budget)
     assert snapshots[0.05].stages == {"pretrain", "search", "compress", "finetune", "report"}
     assert snapshots[0.03].stages == snapshots[0.015].stages == {"compress", "finetune", "report"}
+    assert snapshots[0.03].result["timings_s"].keys() == {"compress", "finetune", "report"}, "time of its own alone"
     assert len({trial.run.policy_path.read_text() for trial in snapshots.values()}) == 3
     for budget in BUDGETS:
         assert sum(f"budget of {budget:g} " in text for text in snapshots[0.05].remarks) == 1

@@ -172,6 +172,7 @@ def test_drives_replace_each_other_in_turn():
     chosen = parse_recipe(base, "base", ["search.budget=0.03"]).to_dict()
     assert drive(parse_recipe(chosen, "base", ["search.snapshots=[0.04, 0.02]"])) == {"snapshots": (0.04, 0.02)}
     assert drive(parse_recipe(chosen, "base", ["search.snapshots=[]", "search.budget=0.04"])) == {"budget": 0.04}
+    assert drive(parse_recipe(chosen, "base", ["search.lambda=null"])) == drive(parse_recipe(chosen, "base"))
     with pytest.raises(UserError, match="lambda and budget exclude"):
         digits("search.lambda=0.1", "search.budget=0.05")
 

@@ -34,6 +34,8 @@ TEXTS: dict[str, Callable[[Frontier], str]] = {
 }
 WORDS = {"model", "method", "trial", "frontier"}
 """Columns of text; the others hold numbers and stand to the right."""
+TERMINAL_ROWS = 200
+"""A longer table shows its frontier alone: the files hold every row."""
 
 
 def from_folders(folders: Sequence[Path]) -> Frontier:
@@ -133,15 +135,19 @@ def words(ending: Ending) -> str:
 
 
 def show_table(frontier: Frontier) -> None:
-    """The table on the terminal; the Pareto set is marked and bold."""
+    """The table on the terminal; the Pareto set is marked and bold, and all that is shown of a very long table."""
     table = Table(box=box.SIMPLE_HEAD, title=f"{', '.join(frontier.experiments)}", title_justify="left")
     for header in report.headers(frontier):
         table.add_column(header, justify="left" if header in WORDS else "right", no_wrap=True)
-    for row in frontier.rows:
+    is_long = len(frontier.rows) > TERMINAL_ROWS
+    shown = [row for row in frontier.rows if frontier.is_best(row)] if is_long else frontier.rows
+    for row in shown:
         table.add_row(*report.cells(frontier, row), style="bold" if frontier.is_best(row) else None)
     console = _console(wide=True)
     console.print(table)
-    if groups := report.seed_groups(frontier):
+    if is_long:
+        console.print(f"{len(frontier.rows) - len(shown):,} rows beside the frontier stand in the files alone.")
+    elif groups := report.seed_groups(frontier):
         spread = Table(box=box.SIMPLE_HEAD, title="mean and spread over seeds", title_justify="left")
         for header in report.headers(frontier, report.SEED_HEADERS):
             spread.add_column(header, justify="left" if header in WORDS else "right", no_wrap=True)
@@ -164,7 +170,7 @@ def show_summary(summary: Summary) -> None:
     if summary.leftover is not None:
         lines.append(
             f"MLflow: {summary.leftover.trials} trials not sent yet ({summary.leftover.reason}); "
-            f"when it is back: {_python()} -m harness sync {summary.folder}"
+            f"to send what is missing: {_python()} -m harness sync {summary.folder}"
         )
     lines.append(f"MLflow UI: {ui_command(summary.store, summary.folder.parent)}")
     console.print("\n".join(lines), highlight=False, markup=False, soft_wrap=True)

@@ -9,7 +9,7 @@ from harness.errors import UserError
 from harness.tracking.store import Store
 from sweeps import plot, report
 from sweeps.frontier import Frontier, build
-from sweeps.outcome import TEXTS, from_store, write
+from sweeps.outcome import TERMINAL_ROWS, TEXTS, from_store, show_table, write
 from tests.unit.sweeps.rows import row
 
 FULL = {"method": "full_precision", "lambda": None}
@@ -140,3 +140,15 @@ def test_budgets_tell_points_without_lambda_apart(frontier: Frontier, tmp_path: 
         assert words in text_of(tmp_path / "plot.svg")
     two = build(["e"], [*rows, row(key="b", seed=1, point="budget 0.05", **{"lambda": None, "target": "budget 0.05"})])
     assert "| budget 0.05      | 2 " in report.as_markdown(two)
+
+
+def test_a_very_long_table_shows_its_frontier_and_says_where_the_rest_is(capsys: pytest.CaptureFixture[str]):
+    worse = [row(key=f"{number:016x}", top1=50.0, gbops=2.0 + number) for number in range(TERMINAL_ROWS)]
+    best = row(key="b" * 16, top1=90.0, gbops=1.0)
+    show_table(build(["e"], [best, *worse]))
+    shown = capsys.readouterr().out
+    assert "bbbbbbbb" in shown
+    assert "00000000" not in shown
+    assert "200 rows beside the frontier" in shown
+    show_table(build(["e"], [best, *worse[1:]]))
+    assert "00000000" in capsys.readouterr().out

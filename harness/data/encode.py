@@ -6,12 +6,17 @@ from dataclasses import asdict, dataclass
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image
 
 from harness.data.beton import JPEG, MAX_SIDE, RAW
 from harness.data.randomness import keys, uniforms
 
 _JPEG_CHOICE = 3
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}  # fmt: skip
 # PIL modes whose 16-bit or floating values `convert` would clip instead of scale.
 _DEEP_MODES = {"I;16", "I;16B", "I;16L", "I;16N", "I"}
 
@@ -92,23 +97,26 @@ def _open(raw: bytes | NDArray[np.uint8]) -> tuple[Image.Image, str | None]:
             image = Image.open(io.BytesIO(raw))
             image.load()
             return _upright_rgb(image)
-    except (
-        OSError,
-        SyntaxError,
-        ValueError,
-        ArithmeticError,
-        IndexError,
-        TypeError,
-        Image.DecompressionBombError,
-    ) as error:
+    except MemoryError:
+        raise
+    except Exception as error:  # noqa: BLE001 - on foreign bytes decoders raise what they like, struct.error included
         raise BadImageError(f"does not decode: {str(error) or type(error).__name__}") from None
+
+
+def _turn(image: Image.Image) -> Image.Transpose | None:
+    """What makes an image upright as its EXIF says; None where that says nothing, or cannot be read."""
+    try:
+        return _TURNS.get(image.getexif().get(ExifTags.Base.Orientation))
+    except Exception:  # noqa: BLE001 - the pixels are good all the same
+        return None
 
 
 def _upright_rgb(image: Image.Image) -> tuple[Image.Image, str | None]:
     """RGB as torchvision's loader makes it, 16-bit values scaled to bytes, turned as the camera says."""
     changes = []
-    upright = ImageOps.exif_transpose(image)
-    if upright.size != image.size or image.getexif().get(0x0112, 1) != 1:
+    turn = _turn(image)
+    upright = image if turn is None else image.transpose(turn)
+    if turn is not None:
         changes.append("turned upright")
     if upright.mode in _DEEP_MODES:
         deep = np.asarray(upright).astype(np.int64)

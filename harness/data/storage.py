@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from harness.data.beton import DamagedFileError, Index
+from harness.data.manifest import remedy
 
 _READERS = 4
 _BATCHES_AHEAD = 3
@@ -40,12 +41,29 @@ class Storage(Protocol):
         """Where the bytes at these offsets of the file lie in memory, while their batch lasts."""
 
 
+class CheckedMap:
+    """A file mapped into memory. Touching what is no longer there ends the process (SIGBUS): `check` before."""
+
+    def __init__(self, index: Index) -> None:
+        self._path, self._end = index.path, index.pages_end
+        with index.path.open("rb") as file:
+            self.bytes = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+
+    def check(self) -> None:
+        """Raise `DamagedFileError` if the file was cut since (a file put in its place does not matter)."""
+        file_bytes = self.bytes.size()
+        if file_bytes < self._end:
+            raise DamagedFileError(
+                f"{self._path} was cut to {file_bytes} bytes while it was in use{remedy(self._path.parent)}"
+            )
+
+
 class Mapped:
     """The whole file, mapped: the system caches it, once for all processes."""
 
     def __init__(self, index: Index) -> None:
-        with index.path.open("rb") as file:
-            self._bytes = np.frombuffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), np.uint8)
+        self._map = CheckedMap(index)
+        self._bytes = np.frombuffer(self._map.bytes, np.uint8)
 
     def schedule_epoch(self, _batches: Sequence[NDArray[np.int64]]) -> Self:
         """FFCV's hook: what to use in an epoch."""
@@ -65,7 +83,8 @@ class Mapped:
         pass
 
     def start_batch(self, number: int) -> None:
-        """Nothing to do."""
+        """See `Storage.start_batch`."""
+        self._map.check()
 
     def addresses(self, offsets: NDArray[np.int64]) -> NDArray[np.int64]:
         """See `Storage.addresses`."""

@@ -1,6 +1,5 @@
 """The plain backend: PIL and numpy under a torch DataLoader. The oracle of the FFCV one, and what runs without FFCV."""
 
-import mmap
 from collections.abc import Iterator
 from typing import Any
 
@@ -11,6 +10,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from harness.data.pipeline import Pipeline, undecodable
 from harness.data.pixels import UndecodableError, decode, render
+from harness.data.storage import CheckedMap
 from harness.errors import UserError
 
 # One batch as it is asked for: samples, epoch, side of the output.
@@ -22,10 +22,10 @@ class _Images(Dataset[Any]):
 
     def __init__(self, pipeline: Pipeline) -> None:
         self._pipeline = pipeline
-        self._bytes: memoryview | None = None
+        self._map: CheckedMap | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"_pipeline": self._pipeline, "_bytes": None}
+        return {"_pipeline": self._pipeline, "_map": None}
 
     def __getitem__(self, request: _Request) -> tuple[NDArray[Any], NDArray[np.int64]] | UserError:
         """A batch; user errors are handed over as values, since DataLoader buries raised ones in a traceback's text."""
@@ -36,14 +36,14 @@ class _Images(Dataset[Any]):
 
     def _batch(self, samples: NDArray[np.int64], epoch: int, size: int) -> tuple[NDArray[Any], NDArray[np.int64]]:
         pipeline, index = self._pipeline, self._pipeline.index
-        if self._bytes is None:
-            with index.path.open("rb") as file:
-                self._bytes = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
+        self._map = self._map or CheckedMap(index)
+        self._map.check()
+        stored = memoryview(self._map.bytes)
         plan = pipeline.plan(samples, epoch, size)
         out = np.empty((len(samples), size, size, 3), pipeline.table.dtype)
         for k, sample in enumerate(samples.tolist()):
             start, height, width = int(index.offsets[sample]), int(index.heights[sample]), int(index.widths[sample])
-            payload = self._bytes[start : start + int(index.sizes[sample])]
+            payload = stored[start : start + int(index.sizes[sample])]
             try:
                 image = decode(payload, int(index.modes[sample]), height, width)
             except UndecodableError:
@@ -61,7 +61,7 @@ class TorchBackend:
 
     def __init__(self, pipeline: Pipeline) -> None:
         self._requests: list[_Request] = []
-        self._batch_size = pipeline.batch_size
+        self._batch_size, self._path = pipeline.batch_size, pipeline.index.path
         several = {} if pipeline.threads == 1 else {
             "num_workers": pipeline.threads, "multiprocessing_context": "spawn", "persistent_workers": True,
         }  # fmt: skip
@@ -70,6 +70,7 @@ class TorchBackend:
             batch_size=None,
             sampler=_Live(self._requests),
             collate_fn=_as_is,
+            timeout=0 if pipeline.threads == 1 else pipeline.stall_limit_s,
             **several,  # type: ignore[arg-type]
         )
 
@@ -80,10 +81,20 @@ class TorchBackend:
         assert self._loader is not None, "the loader is closed"
         starts = range(0, len(order), self._batch_size)
         self._requests[:] = [(order[start : start + self._batch_size], epoch, size) for start in starts]
-        for batch in self._loader:
+        batches = iter(self._loader)
+        while (batch := self._next(batches)) is not None:
             if isinstance(batch, UserError):
                 raise batch
             yield batch
+
+    def _next(self, batches: Iterator[Any]) -> Any:
+        """The next batch, None at the end."""
+        try:
+            return next(batches, None)
+        except RuntimeError as error:
+            if not str(error).startswith("DataLoader "):  # its own words on a process that died or stands still
+                raise
+            raise UserError(f"a loading process of {self._path} died or stands still: {error}") from None
 
     def close(self) -> None:
         """End the processes."""

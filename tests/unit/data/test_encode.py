@@ -76,6 +76,27 @@ def test_exif_rotation_is_undone(orientation: int, turns: int):
     assert image.change == "turned upright"
 
 
+def test_broken_exif_neither_ends_the_run_nor_costs_the_image():
+    """Cameras write tags of the wrong type: PIL's own exif_transpose raises struct.error on them."""
+    exif = Image.Exif()
+    exif[0x0112], exif[0x0131] = 6, "program"
+    content = jpeg(COLOURS, exif=exif)
+    place = content.index(b"\x01\x31\x00\x02") + 3
+    image = stored(content[:place] + b"\x03" + content[place + 1 :])
+    assert (image.height, image.width) == (COLOURS.shape[1], COLOURS.shape[0])
+    assert image.change == "turned upright"
+
+
+@pytest.mark.parametrize("error", [RuntimeError("a decoder's own"), KeyError("tag")])
+def test_whatever_a_decoder_raises_is_one_bad_image(monkeypatch: pytest.MonkeyPatch, error: Exception):
+    def load(_image: object) -> None:
+        raise error
+
+    monkeypatch.setattr("PIL.PngImagePlugin.PngImageFile.load", load)
+    with pytest.raises(BadImageError, match="does not decode"):
+        stored(file_bytes(COLOURS, "PNG"))
+
+
 @pytest.mark.parametrize("keep", [0.0, 0.3, 0.9])
 def test_truncated_jpeg_is_refused(keep: float):
     content = jpeg(picture(64, 64, 3))

@@ -1,7 +1,9 @@
 """Both backends: the same batches, exact resumption, counts, types, sizes; and what the settings may not be."""
 
 import logging
+import multiprocessing
 import os
+import shutil
 import threading
 from pathlib import Path
 
@@ -179,6 +181,24 @@ class TestBatches:
         del batches
         assert threading.active_count() == before
 
+    def test_a_file_that_is_cut_while_it_is_open_is_a_message_and_no_sigbus(
+        self, pixels: Path, tmp_path: Path, backend: str
+    ):
+        folder = shutil.copytree(pixels, tmp_path / "cut")
+        loader = load(folder, backend=backend, **PHOTOS)
+        for _ in loader.epoch(0):
+            pass
+        shutil.copy(folder / "train.beton", folder / "new")
+        (folder / "new").replace(folder / "train.beton")
+        assert len(list(loader.epoch(1))) == len(loader), "a file put in its place does not matter"
+        loader.close()
+        loader = load(folder, backend=backend, **PHOTOS)
+        with (folder / "train.beton").open("r+b") as file:
+            file.truncate(1 << 20)
+        with pytest.raises(UserError, match=r"train.beton was cut to 1048576 bytes while it was in use. Write it again"):
+            list(loader.epoch(1))
+        loader.close()
+
     def test_a_damaged_jpeg_is_named(self, damaged: tuple[Path, int], backend: str):
         folder, sample = damaged
         with pytest.raises(
@@ -193,11 +213,25 @@ def test_a_damaged_jpeg_is_named_by_loading_processes_as_well(damaged: tuple[Pat
         epoch(load(folder, backend="torch", workers=2, **PHOTOS))
 
 
+def test_loading_processes_change_nothing(photos: Path):
+    colours = PHOTOS | {"color_jitter": (0.4, 0.4, 0.4), "cutout": 16}
+    assert same(*(epoch(load(photos, backend="torch", workers=n, **colours)) for n in (1, 2)))
+
+
+def test_a_loading_process_that_is_killed_is_a_message(photos: Path):
+    loader = load(photos, backend="torch", workers=2, batch_size=1, **PHOTOS)
+    batches = loader.epoch(0)
+    next(batches)
+    for process in multiprocessing.active_children():
+        process.kill()
+    with pytest.raises(UserError, match=r"a loading process of .*train.beton died or stands still: DataLoader worker"):
+        list(batches)
+    loader.close()
+
+
 @pytest.fixture
 def damaged(photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Path, int]:
     """A copy with one JPEG cut short, and a manifest that does not know (as after `data write` on a failing disk)."""
-    import shutil
-
     from harness.data import manifest
     from harness.data.beton import read_index
 
@@ -214,8 +248,10 @@ def damaged(photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tu
 @pytest.mark.ffcv
 class TestFFCV:
     def test_batches_do_not_depend_on_the_number_of_threads(self, photos: Path):
-        one, three = (epoch(load(photos, workers=n, **PHOTOS)) for n in (1, 3))
-        assert same(one, three)
+        colours = PHOTOS | {"color_jitter": (0.4, 0.4, 0.4), "cutout": 16}
+        for changes in (PHOTOS, colours):
+            one, *others = (epoch(load(photos, workers=n, **changes)) for n in (1, 2, 3))
+            assert all(same(one, other) for other in others)
 
     def test_streaming_delivers_what_mapping_does(self, pixels: Path):
         options = PHOTOS | {"order": "quasi_random"}

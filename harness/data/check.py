@@ -25,7 +25,7 @@ def check(
     folder: Path,
     *,
     deep: bool = False,
-    progress: Callable[[Split, int, int], None] = lambda _split, _done, _total: None,
+    progress: Callable[[str, int, int], None] = lambda _what, _done, _total: None,
 ) -> list[Checked]:
     """Compare fields, counts, sizes and checksums of both splits; `UserError` names the first thing that is wrong."""
     found = []
@@ -34,7 +34,12 @@ def check(
         _check_counts(folder, manifest, index)
         whole = images_digest(index, partial(progress, split)) == manifest.checksums["images"]
         bad = (
-            [f"sample {sample} {reason}" for sample, reason in undecodable_samples(index)] if deep or not whole else []
+            [
+                f"sample {sample} {reason}"
+                for sample, reason in undecodable_samples(index, partial(progress, f"{split}, decoding"))
+            ]
+            if deep or not whole
+            else []
         )
         if bad or not whole:
             what = "the image bytes do not match the manifest's checksum; " * (not whole)
@@ -45,10 +50,18 @@ def check(
     return found
 
 
-def undecodable_samples(index: Index) -> Iterator[tuple[int, str]]:
-    """(sample, reason) of every JPEG that does not decode to the sides that its record gives."""
+def undecodable_samples(
+    index: Index, progress: Callable[[int, int], None] = lambda _done, _total: None
+) -> Iterator[tuple[int, str]]:
+    """(sample, reason) of every JPEG that does not decode to the sides that its record gives.
+
+    `progress` hears (done, in all).
+    """
+    jpegs = np.flatnonzero(index.modes == JPEG).tolist()
     with index.path.open("rb") as file:
-        for sample in np.flatnonzero(index.modes == JPEG).tolist():
+        for done, sample in enumerate(jpegs):
+            if done % 64 == 0:
+                progress(done, len(jpegs))
             file.seek(int(index.offsets[sample]))
             payload = file.read(int(index.sizes[sample]))
             try:

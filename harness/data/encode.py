@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import ExifTags, Image
+from PIL import ExifTags, Image, UnidentifiedImageError
 
 from harness.data.beton import JPEG, MAX_SIDE, RAW
 from harness.data.randomness import keys, uniforms
@@ -99,6 +99,8 @@ def _open(raw: bytes | NDArray[np.uint8]) -> tuple[Image.Image, str | None]:
             return _upright_rgb(image)
     except MemoryError:
         raise
+    except UnidentifiedImageError:
+        raise BadImageError("does not decode: it is no image file") from None
     except Exception as error:  # noqa: BLE001 - on foreign bytes decoders raise what they like, struct.error included
         raise BadImageError(f"does not decode: {str(error) or type(error).__name__}") from None
 
@@ -106,7 +108,7 @@ def _open(raw: bytes | NDArray[np.uint8]) -> tuple[Image.Image, str | None]:
 def _turn(image: Image.Image) -> Image.Transpose | None:
     """What makes an image upright as its EXIF says; None where that says nothing, or cannot be read."""
     try:
-        return _TURNS.get(image.getexif().get(ExifTags.Base.Orientation))
+        return _TURNS.get(image.getexif().get(ExifTags.Base.Orientation, 1))
     except Exception:  # noqa: BLE001 - the pixels are good all the same
         return None
 

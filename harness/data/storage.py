@@ -82,7 +82,7 @@ class Mapped:
     ) -> None:
         pass
 
-    def start_batch(self, number: int) -> None:
+    def start_batch(self, _number: int) -> None:
         """See `Storage.start_batch`."""
         self._map.check()
 

@@ -136,27 +136,31 @@ def _write(
     if strict and problems:
         raise UserError(_strict_message(source, problems))
     written: dict[Split, int] = {}
-    changes: Counter[str] = Counter()
+    of_split: dict[str, dict[str, Any]] = {}
+    before = _report_before(folder)
     try:
         for split in SPLITS:
+            work = _SplitWork(source, scan, folder, split, settings)
+            rows = None
             if manifest_path(folder, split).exists():
                 written[split] = _already_written(source, folder, split, settings)
-                continue
-            work = _SplitWork(source, scan, folder, split, settings)
-            work.encode(workers, limit_s, progress)
-            rows, notes = work.finished()
-            problems += [f"{split}: {problem}" for note in notes for problem in note["problems"]]
-            for note in notes:
-                changes.update(note["changes"])
+                notes = [before[split]] if split in before else []
+            else:
+                work.encode(workers, limit_s, progress)
+                rows, notes = work.finished()
+                written[split] = len(rows)
+            of_split[split] = _merge(notes)
+            problems += [f"{split}: {problem}" for problem in of_split[split]["problems"]]
             if strict and problems:
                 raise UserError(_strict_message(source, problems))
-            if len(rows) == 0:
+            if written[split] == 0:
                 raise UserError(
                     f"{source.spec}: no image of the {split} split can be used; {len(problems)} problems, the first: "
                     f"{problems[0].removeprefix(split + ': ')}"
                 )
-            work.finish(rows, len(problems))
-            written[split] = len(rows)
+            report = _report(folder, written, problems, of_split)
+            if rows is not None:
+                work.finish(rows, len(problems))
     except OSError as error:
         if error.errno not in _FULL_DISK:
             raise
@@ -164,10 +168,36 @@ def _write(
             f"no space left for {folder} ({error.strerror}): free some and run the same command again, it goes on "
             f"where it stopped; or delete {folder}"
         ) from None
-    report = WriteReport(written, tuple(problems), dict(changes))
-    text = json.dumps({"written": written, "changes": report.changes, "problems": problems}, indent=1)
-    (folder / REPORT).write_text(text + "\n", encoding="utf-8")
     return report
+
+
+def _merge(notes: list[dict[str, Any]]) -> dict[str, Any]:
+    """What several chunks, or an earlier run, found out about the images of one split."""
+    changes: Counter[str] = Counter()
+    for note in notes:
+        changes.update(note["changes"])
+    return {"problems": [problem for note in notes for problem in note["problems"]], "changes": dict(changes)}
+
+
+def _report(
+    folder: Path, written: dict[Split, int], problems: list[str], of_split: dict[str, dict[str, Any]]
+) -> WriteReport:
+    """Write down what is known so far, before the manifest that makes an end of the split."""
+    changes = sum((Counter(part["changes"]) for part in of_split.values()), Counter())
+    tree = {"written": written, "changes": changes, "problems": problems, "splits": of_split}
+    partial = folder / f".{REPORT}.partial"
+    partial.write_text(json.dumps(tree, indent=1) + "\n", encoding="utf-8")
+    partial.rename(folder / REPORT)
+    return WriteReport(dict(written), tuple(problems), dict(changes))
+
+
+def _report_before(folder: Path) -> dict[str, dict[str, Any]]:
+    """What an earlier run wrote down about the images of each split."""
+    try:
+        found: dict[str, dict[str, Any]] = json.loads((folder / REPORT).read_text(encoding="utf-8")).get("splits", {})
+    except (FileNotFoundError, json.JSONDecodeError):
+        return {}
+    return found
 
 
 def _strict_message(source: Source, problems: list[str]) -> str:

@@ -85,7 +85,7 @@ def _samples(path: str, problems: list[str]) -> Iterator[tuple[_Ref, int]]:
                 elif suffix in ("cls", "json"):
                     file = shard.extractfile(member)
                     label = _label(path, member.name, file.read() if file else b"")
-                    if suffix == "cls" or key not in labels:
+                    if label is not None and (suffix == "cls" or key not in labels):
                         labels[key] = label
     except (OSError, tarfile.TarError) as error:
         raise UserError(
@@ -98,9 +98,12 @@ def _samples(path: str, problems: list[str]) -> Iterator[tuple[_Ref, int]]:
             problems.append(f"{path}: {ref[3]} has no label (no .cls, no .json beside it)")
 
 
-def _label(path: str, name: str, content: bytes) -> int:
+def _label(path: str, name: str, content: bytes) -> int | None:
+    """The label in a .cls or .json; None for a .json that tells something else (a caption, a file name)."""
     try:
         value = json.loads(content)
-        return int(value["label"] if isinstance(value, dict) else value)
-    except (ValueError, KeyError, TypeError):
+        if isinstance(value, dict):
+            return int(value["label"]) if "label" in value else None
+        return int(value)
+    except (ValueError, TypeError):
         raise UserError(f"{path}: {name} holds no label: {content[:40]!r}") from None

@@ -105,7 +105,7 @@ def test_truncated_jpeg_is_refused(keep: float):
 
 
 def test_no_image_at_all_is_refused():
-    with pytest.raises(BadImageError, match="does not decode: cannot identify image file"):
+    with pytest.raises(BadImageError, match="does not decode: it is no image file"):
         stored(b"<html>not found</html>")
 
 

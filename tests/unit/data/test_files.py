@@ -223,8 +223,10 @@ def test_the_checksum_names_content_not_places(tmp_path: Path, folder: Path):
 
 
 def test_check_deep_names_damaged_jpegs(folder: Path):
-    checked = check(folder, deep=True)
+    heard: list[str] = []
+    checked = check(folder, deep=True, progress=lambda what, _done, _total: heard.append(what))
     assert [each.decoded for each in checked] == [8, 8]
+    assert {"train, decoding", "val, decoding"} <= set(heard)
     index = read_index(folder / "val.beton")
     sample = int(np.flatnonzero(index.modes == 0)[1])
     overwrite(folder / "val.beton", int(index.offsets[sample]) + int(index.sizes[sample]) // 2, bytes(400))

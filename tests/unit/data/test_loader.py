@@ -195,7 +195,9 @@ class TestBatches:
         loader = load(folder, backend=backend, **PHOTOS)
         with (folder / "train.beton").open("r+b") as file:
             file.truncate(1 << 20)
-        with pytest.raises(UserError, match=r"train.beton was cut to 1048576 bytes while it was in use. Write it again"):
+        with pytest.raises(
+            UserError, match=r"train.beton was cut to 1048576 bytes while it was in use. Write it again"
+        ):
             list(loader.epoch(1))
         loader.close()
 

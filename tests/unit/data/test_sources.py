@@ -286,6 +286,14 @@ class TestTar:
         (problem,) = scan(f"tar:{tmp_path}/*.tar").problems
         assert "train.tar: b.png has no label" in problem
 
+    def test_a_json_that_tells_something_else_is_no_label(self, tmp_path: Path):
+        caption = ("a.json", b'{"caption": "an ant"}')
+        tar(tmp_path / "train.tar", [("a.png", colour(1)), ("a.cls", b"0"), caption])
+        tar(tmp_path / "val.tar", [("a.png", colour(1)), caption, ("b.png", colour(2)), ("b.cls", b"0")])
+        found = scan(f"tar:{tmp_path}/*.tar")
+        assert {split: part.labels.tolist() for split, part in found.splits.items()} == {"train": [0], "val": [0]}
+        assert "val.tar: a.png has no label" in found.problems[0]
+
     def test_a_cut_shard_and_a_label_that_is_none(self, tmp_path: Path):
         tar(tmp_path / "val.tar", [("a.png", colour(1)), ("a.cls", b"0")])
         tar(tmp_path / "train.tar", [("a.png", colour(1)), ("a.cls", b"zero")])

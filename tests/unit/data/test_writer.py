@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from harness.data import chunks, data_checksum, ensure
+from harness.data import chunks, data_checksum, ensure, writer
 from harness.data.beton import JPEG, read_index
 from harness.data.encode import WriteSettings
 from harness.data.manifest import load_manifest
@@ -79,6 +79,32 @@ def test_the_same_command_again_changes_nothing(tmp_path: Path):
     before = {path: path.stat().st_mtime_ns for path in tmp_path.glob("*.beton")}
     assert write(source, tmp_path, RAW, workers=0).written == {"train": 2, "val": 2}
     assert {path: path.stat().st_mtime_ns for path in tmp_path.glob("*.beton")} == before
+
+
+def test_what_was_found_out_survives_a_kill_between_the_splits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    good = [picture(8, 8, k) for k in range(8)]
+    images = [good[0], b"nonsense", jpeg(good[1][..., 0]), good[2], b"more nonsense", jpeg(good[3][..., 0]), *good[:2]]
+    source = Listed(images)
+    whole = write(source, tmp_path / "whole", RAW, workers=0)
+
+    def killed(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as kill:
+        finish = writer._SplitWork.finish
+        kill.setattr(
+            writer._SplitWork, "finish", lambda work, *a: killed() if work.split == "val" else finish(work, *a)
+        )
+        with pytest.raises(KeyboardInterrupt):
+            write(source, tmp_path / "killed", RAW, workers=0)
+    for _ in range(2):  # going on, and once more when all is there
+        assert write(source, tmp_path / "killed", RAW, workers=0) == whole
+        report = json.loads((tmp_path / "killed" / "report.json").read_text())
+        assert report == json.loads((tmp_path / "whole" / "report.json").read_text())
+    assert [problem.split(" does")[0] for problem in whole.problems] == ["train: image 1", "val: image 4"]
+    assert whole.changes == {"L": 2}
+    with pytest.raises(UserError, match=r"listed has 1 problem\(s\), and --strict allows none:\n  train: image 1 does"):
+        write(source, tmp_path / "killed", RAW, workers=0, strict=True)
 
 
 def test_another_set_is_not_overwritten(tmp_path: Path):

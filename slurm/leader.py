@@ -47,7 +47,7 @@ class Leader:
                     if ray is not None:
                         ray.stop(keep_logs=self.life.keeps_logs(verdict.exit_status))
         finally:
-            wait_until(lambda: len(self.rendezvous.ranks("left")) >= self.others, _OTHERS_LEAVE_LIMIT_S)
+            wait_until(self.others_left, _OTHERS_LEAVE_LIMIT_S)
         return self.conclude(verdict)
 
     def begin(self) -> Verdict | None:
@@ -162,6 +162,11 @@ class Leader:
         records.record_finish(
             self.life.task_folder, verdict.exit_status, verdict.reason, lives=len(self.life.earlier) + 1
         )
+
+    def others_left(self) -> bool:
+        """Whether all other nodes have cleaned up, those that are lost left out."""
+        silent = self.rendezvous.silent_ranks(self.profile.requeue.node_lost_after_s)
+        return {*self.rendezvous.ranks("left"), *silent} >= set(range(1, self.place.world))
 
     def dismiss(self, exit_status: int, reason: str) -> None:
         """Tell the other nodes that it is over."""

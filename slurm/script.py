@@ -10,6 +10,7 @@ from slurm.records import EXIT_FILE, Submission
 def parameters(submission: Submission) -> dict[str, Any]:
     """What submitit's SLURM executor is to be told."""
     job, node, requeue = submission.profile.job, submission.profile.node, submission.profile.requeue
+    # both the job and its step must be told: sbatch's option does not reach srun, which would end the step on all nodes
     ignore_loss = {"no-kill": True} if requeue.on_node_loss == "ignore" else {}
     # since SLURM 22.05 a step does not inherit the job's CPUs per task; without a number the task may use all it finds
     cpus = "--cpu-bind=none" if node.cpus is None else f"--cpus-per-task={node.cpus}"
@@ -29,7 +30,7 @@ def parameters(submission: Submission) -> dict[str, Any]:
         "signal_delay_s": requeue.warn_s,
         "array_parallelism": submission.parallel or 256,
         "setup": setup_lines(submission),
-        "srun_args": ["--kill-on-bad-exit=0", cpus],
+        "srun_args": ["--kill-on-bad-exit=0", *(f"--{option}" for option in ignore_loss), cpus],
         "stderr_to_stdout": True,
         "additional_parameters": {"requeue": True, "chdir": str(submission.workdir)} | ignore_loss | job.extra,
     }

@@ -80,7 +80,7 @@ trap 'status=$?; [ -s "$status_file" ] && read -r status < "$status_file"; exit 
 
 # command
 export SUBMITIT_EXECUTOR=slurm
-srun --unbuffered --output FOLDER/log/%A_%a_%t_log.out --kill-on-bad-exit=0 --cpu-bind=none \
+srun --unbuffered --output FOLDER/log/%A_%a_%t_log.out --kill-on-bad-exit=0 --no-kill --cpu-bind=none \
 PYTHON -u -m submitit.core._submit FOLDER/log
 """
 

@@ -135,7 +135,8 @@ def _clear(base: Path) -> None:
                 continue
             with (folder / _OWNER).open("r+", encoding="ascii") as file:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                shutil.rmtree(folder, ignore_errors=True)
+                # under another name first: a dying process of that cluster may still write to the old one
+                shutil.rmtree(folder.rename(base / f".{folder.name}"), ignore_errors=True)
 
 
 def _private(node: Node) -> Iterator[list[Node]]:

@@ -127,7 +127,8 @@ def test_uniform_networks_equal_the_super_network_of_one_candidate(device, dtype
 
 
 def test_wide_codes_are_not_rounded_to_tf32(device):
-    """TF32 has 11 significant bits: 16-bit codes convolved in it are off by some 3e-4."""
+    """TF32 has 11 significant bits: measured with codes rounded to those 4e-4 to 6e-4, with whole ones 2e-5 to 5e-5."""
+    torch.manual_seed(0)
     net = sbs.prepare(networks.Residual(), sbs.SearchSpace((16,), (16,), edge_bits=16), torch.zeros(1, 3, SIZE, SIZE))
     sbs.calibrate(net, [_images(1, "cpu")])
     net.to(device)
@@ -140,7 +141,7 @@ def test_wide_codes_are_not_rounded_to_tf32(device):
             assert torch.backends.cudnn.allow_tf32
     finally:
         torch.set_float32_matmul_precision(before)
-    assert _far(single, _logits(net.double(), x.double())) < 3e-5
+    assert _far(single, _logits(net.double(), x.double())) < 1.5e-4
 
 
 @pytest.mark.parametrize("low", [torch.bfloat16, torch.float16])

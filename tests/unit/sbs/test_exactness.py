@@ -58,9 +58,10 @@ def test_compiled_kernels_divide_as_eager_ones(monkeypatch):
 
 
 @pytest.mark.parametrize("kind", ["super-network", "compressed"])
-@pytest.mark.parametrize(("low", "share"), [(torch.bfloat16, 2**-7), (torch.float16, 2**-10)])
+@pytest.mark.parametrize(("low", "share"), [(torch.bfloat16, 2**-6), (torch.float16, 2**-9)])
 def test_autocast_changes_a_layers_output_by_the_rounding_of_its_type_alone(kind, low, share):
-    """Every layer given the same input; float16, in which sums of codes would overflow, included."""
+    """Every layer given the same input, three roundings each; float16, where sums of codes would overflow, included."""
+    torch.manual_seed(0)
     net = states.searched(networks.Inverted(), SIZE, seed=5, group_size=2).eval()
     net = net if kind == "super-network" else sbs.compress(net, sbs.freeze(net))
     layers = {name: m for name, m in net.named_modules() if isinstance(m, QuantizedLayer)}

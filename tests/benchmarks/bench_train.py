@@ -21,6 +21,7 @@ from harness.ranks import Ranks, arithmetic
 from harness.ray_cluster import joined
 from harness.ray_worker import fit
 from harness.run_dir import RunDir
+from harness.settings import EXIT_PREEMPTED
 from harness.step import Job
 from tests.benchmarks import turns
 from tests.benchmarks.measure import Estimate, Row, estimate, ratio, repeated
@@ -34,6 +35,7 @@ def rows() -> Iterator[Row]:
         yield from _ray(Path(folder))
         yield from _checkpoints(Path(folder))
         yield from _bookkeeping(Path(folder))
+        yield Row("SIGTERM to status 85, digits", _leave(Path(folder)), must=20.0, unit="s")
 
 
 # Ray Train ------------------------------------------------------------------------------------------------------------
@@ -183,6 +185,28 @@ def _bookkeeping(folder: Path) -> Iterator[Row]:
         share = 100 / 22 / step_s
         figure = Estimate(found.value * share, found.low * share, found.high * share, found.repeats)
         yield Row("bookkeeping of a step, ResNet-20", figure, must=1.0, unit="%")
+
+
+def _leave(folder: Path) -> Estimate:
+    """Seconds from SIGTERM in the middle of training to the end of the process, its checkpoint written."""
+    spent = []
+    for repeat in range(3):
+        run = RunDir(folder / f"leave{repeat}")
+        sets = [f"data.dir={folder}/digits", "search.method=full_precision", "pretrain.epochs=1000"]
+        options = [part for override in sets for part in ("--set", override)]
+        command = [sys.executable, "-m", "harness", "train", "digits_resnet20", *options, "--run-dir", str(run.path)]
+        with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
+            try:
+                _wait_for(run.progress_path)
+                process.terminate()
+                begin = time.perf_counter()
+                status = process.wait(120)
+                spent.append(time.perf_counter() - begin)
+            finally:
+                process.kill()
+        if status != EXIT_PREEMPTED or not list(run.checkpoints.glob("pretrain-*.json")):
+            raise RuntimeError(f"left with status {status}, checkpoints: {list(run.checkpoints.iterdir())}")
+    return estimate(spent)
 
 
 def _in_thread(call: Callable[[], object]) -> threading.Thread:

@@ -40,6 +40,8 @@ class Follower:
         """Be part of rank 0's cluster until it is over; a node that cannot be stays until rank 0 has decided."""
         wait_until(lambda: self.rendezvous.get("head") is not None or self.over(), ray.profile.ray.start_limit_s)
         head = self.rendezvous.get("head")
+        if head is None and (self.life.interrupted() or self.rendezvous.get("done") is not None):
+            return  # rank 0 never came to start Ray
         if head is None:
             self.life.say(f"rank 0 wrote nothing into {self.rendezvous.folder}: is it on storage that all nodes share?")
             return

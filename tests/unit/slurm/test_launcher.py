@@ -115,6 +115,8 @@ def test_what_slurm_ends_is_left_to_slurm(site: Site, status: int):
     ended = records.finished(submission.task_folder(0))
     assert ended is not None
     assert "node was lost" in ended.reason
+    told = json.loads((submission.task_folder(0) / "life-5.1" / "done.json").read_text())
+    assert told["exit_status"] == 75, "the other nodes would wait for a head that never comes"
 
 
 def test_failure_while_leaving_is_a_failure(site: Site):

@@ -12,6 +12,7 @@ from harness.errors import UserError
 
 _LIMIT_S = 30.0
 DEFAULT_KILL_WAIT_S = 30.0
+_ACCESS = frozenset({"SLURM_CONF", "SLURM_CONF_SERVER", "SLURM_JWT"})
 _RANGE = re.compile(r"^(?P<job>\d+)_\[(?P<items>[\d,\-]+)(?:%\d+)?\]$")
 # States in which a job is still to run, or runs.
 LIVE_STATES = frozenset(
@@ -57,10 +58,10 @@ def call(command: Sequence[str], *, limit_s: float = _LIMIT_S) -> str:
 def login_environ(environ: Mapping[str, str]) -> dict[str, str]:
     """The environment without what a surrounding job left in it, so that a job can submit a job.
 
-    `SLURM_CONF` says where the cluster is and stays.
+    What says where the cluster is, and who asks, stays.
     """
     foreign = ("SLURM_", "SLURMD_", "SRUN_", "SUBMITIT_")
-    return {k: v for k, v in environ.items() if k == "SLURM_CONF" or not k.startswith(foreign)}
+    return {k: v for k, v in environ.items() if k in _ACCESS or not k.startswith(foreign)}
 
 
 def view(job_id: str) -> JobView | None:

@@ -74,4 +74,5 @@ def test_a_job_can_submit_a_job():
         "SUBMITIT_EXECUTOR": "slurm",
         "HOME": "/h",
     }
-    assert queue.login_environ(inside) == {"SLURM_CONF": "/etc/x", "HOME": "/h"}
+    access = {"SLURM_CONF": "/etc/x", "SLURM_CONF_SERVER": "ctl:6817", "SLURM_JWT": "ey"}
+    assert queue.login_environ(inside | access) == access | {"HOME": "/h"}

@@ -199,7 +199,7 @@ class StageLoop:
     def _give_up(self) -> None:
         self.context.flush()  # what is still being written may be the last good one
         faults = self.ranks.strings(self._fault)
-        last = self.context.last_checkpoint
+        last = self.ranks.share(str(self.context.last_checkpoint or ""))  # rank 0 alone knows
         kept = f"the last good checkpoint is {last}" if last else "there is no earlier checkpoint"
         raise TrainingError(f"{next(filter(None, faults))}; {kept}. Lower the learning rate or change the precision.")
 

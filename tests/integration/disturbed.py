@@ -6,6 +6,7 @@ writing:N        SIGKILL half-way through writing the N-th file of a checkpoint
 evaluating:N     SIGKILL within the N-th evaluation
 term:N, usr2:N   SIGTERM, SIGUSR2 to this process before step N
 term-eval:N      SIGTERM within the N-th evaluation
+nan:N:RANK       the loss of the N-th step is NaN on one rank alone
 nothing          leave it alone
 """
 
@@ -56,8 +57,22 @@ def _arm(where: str) -> None:
                 send(signal.SIGKILL)
 
         _before(checkpoint, "write_bytes", tear)
+    elif kind == "nan":
+        _spoil(*map(int, value.split(":")))
     elif kind != "nothing":
         raise SystemExit(f"unknown disturbance {where!r}")
+
+
+def _spoil(step: int, rank: int) -> None:
+    original = loop.StageLoop._step
+
+    def spoilt(self: loop.StageLoop, *arguments: Any) -> None:
+        stepper_step = self.stepper.step
+        if (self.global_step(), self.ranks.rank) == (step, rank):
+            self.stepper.step = lambda *a: [part * float("nan") for part in stepper_step(*a)]  # type: ignore[method-assign]
+        original(self, *arguments)
+
+    loop.StageLoop._step = spoilt  # type: ignore[method-assign]
 
 
 def main() -> None:

@@ -64,9 +64,31 @@ def test_torchrun_with_a_killed_rank_goes_on_when_run_again(recipe_file: Path, t
         kill(next(pid for pid in ranks if pid != main_rank(run)))
         assert launcher.wait(60) != 0
     assert run.result() is None
+    with running(torchrun(recipe_file, run.path), tmp_path / "left", ONE_THREAD) as launcher:
+        before = epochs_done(run, "search")
+        wait_for(lambda: epochs_done(run, "search") > before, 90, "going on under torchrun")
+        launcher.terminate()  # torchrun passes it on to its ranks
+        assert launcher.wait(60) != 0
+    assert "run the same command again to go on" in (tmp_path / "left").read_text()
+    assert run.result() is None
     finish(torchrun(recipe_file, run.path), tmp_path / "log")
-    assert starts(run) == 2
+    assert starts(run) == 3
     assert trace(run) == trace(undisturbed)
+
+
+@pytest.mark.timeout(200)
+def test_a_loss_that_is_not_finite_on_one_rank_stops_all_of_them(recipe_file: Path, tmp_path: Path):
+    spec = tiny.spec(recipe_file.parent / "data", tmp_path / "run", "run.workers=2")
+    (tmp_path / "spec.json").write_text(spec.model_dump_json(by_alias=True))
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command = [*launcher, "-m", "tests.integration.disturbed", str(tmp_path / "spec.json"), "nan:9:1"]
+    with running(command, tmp_path / "log", ONE_THREAD) as process:
+        assert process.wait(100) != 0
+    error = RunDir(spec.run_dir).error()
+    assert error is not None
+    assert "the loss is nan in pretrain (step 9, batch 3 of epoch 1, rank 1, images [" in error["message"]
+    assert "checkpoints/pretrain-00000008.pt" in error["message"]
+    assert (tmp_path / "log").read_text().count(f"error: {error['message']}") == 2
 
 
 @pytest.mark.timeout(200)

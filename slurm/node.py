@@ -93,8 +93,9 @@ def ray_memory_bytes(memory_mib: int | None, object_store_bytes: int | None) -> 
     usable = total - store - (_LEAVE_FOR_SYSTEM_MIB << 20)
     if usable < 100 << 20:
         raise UserError(
-            f"node.memory_gb gives the job {memory_mib} MiB of each node; with {store >> 20} MiB of it for Ray's "
-            "object store too little is left for the work. Ask for more memory or set a smaller ray.object_store_gb."
+            f"the job has {memory_mib} MiB of each node (node.memory_gb, else what the site gives unasked); with "
+            f"{store >> 20} MiB of it for Ray's object store too little is left for the work. Set a larger "
+            "node.memory_gb or a smaller ray.object_store_gb."
         )
     return usable, store
 

@@ -271,6 +271,15 @@ class TestFFCV:
         assert 0 < len(storage._buffers) <= 3
         batches.close()
 
+    def test_a_file_that_is_cut_while_it_streams_is_a_message(self, pixels: Path, tmp_path: Path):
+        folder = shutil.copytree(pixels, tmp_path / "cut")
+        loader = load(folder, memory="stream", **PHOTOS)
+        with (folder / "train.beton").open("r+b") as file:
+            file.truncate(3 << 20)
+        with pytest.raises(UserError, match=r"train.beton ended at byte \d+ while it was read"):
+            list(loader.epoch(0))
+        loader.close()
+
     def test_torchs_threads_are_left_alone(self, photos: Path):
         before = torch.get_num_threads()
         epoch(load(photos, workers=2, **PHOTOS))

@@ -95,12 +95,24 @@ def test_preempted_job_goes_on_where_it_was(cluster: Cluster, user: User):
     wait_until_clean(cluster)
 
 
-def test_node_crash_gives_the_job_a_second_life_that_finishes_once(cluster: Cluster, user: User):
+def test_node_crash_gives_the_job_a_second_life_or_is_ignored(cluster: Cluster, user: User):
+    """One crash, two jobs: one goes back to the queue and on, the other has chosen to go on without the node."""
     job_id = user.submit("crash", *SMALL, "--", "python", "count.py", "state", "1000000", "0.2")
-    wait_for((user.home / "state").exists, 60, "first link")
+    ignored = ["--set", "requeue.on_node_loss=ignore", "--set", "requeue.node_lost_after_s=10"]
+    lasting = user.submit("lasting", *SMALL, *ignored, "--", "python", "ray_stay.py", "stop")
+    wait_for((user.home / "state").exists, 90, "first link")
+    wait_for(lambda: "2 workers are busy" in user.log_so_far("lasting"), 90, "workers")
     cluster.crash("n2")
     try:
-        wait_for(lambda: int(cluster.job(job_id)["Restarts"]) == 1, 90, "requeue after the crash")
+        wait_for(lambda: int(cluster.job(job_id)["Restarts"]) == 1, 150, "requeue after the crash")
+        wait_for(lambda: "lost the Ray node of rank [1]" in user.log_so_far("lasting"), 60, "notice of the loss")
+        assert (user.status("lasting")["state"], user.status("lasting")["lives"]) == ("RUNNING", 1)
+        (user.home / "stop").touch()
+        ended = user.wait_over("lasting", 60)
+        assert (ended["state"], ended["exit_status"], ended["lives"]) == ("COMPLETED", 0, 1), user.log("lasting")
+        assert "stopped as asked" in user.log("lasting")
+        # the job as it was before it lost the node has a line of its own
+        wait_for(lambda: user.accounting(lasting)[-1] == ["COMPLETED", "0:0"], 20, "record of the end")
     finally:
         cluster.boot("n2")
     wait_for(lambda: len(user.lives("crash")) == 2, 60, "second life")

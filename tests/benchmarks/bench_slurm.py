@@ -11,7 +11,7 @@ from tests.slurm.cluster import Cluster, obstacle
 from tests.slurm.conftest import PROGRAMS, User
 
 REPEATS = 3
-JOB = ["--no-snapshot", "--nodes", "2", "--set", "node.cpus=1", "--time", "10", "--wait"]
+JOB = ["--no-snapshot", "--nodes", "2", "--set", "node.cpus=1", "--set", "node.memory_gb=2", "--time", "10", "--wait"]
 # The first life leaves as if it had been asked to, the second says when it began.
 TWICE = "date +%s.%N >> began; [ $(wc -l < began) -ge 2 ] || exit 85; date +%s.%N > ended"
 

@@ -72,7 +72,7 @@ class Leader:
                 worked_before = any("command_started_unix_s" in life for life in self.life.earlier)
                 return self.judge(EXIT_NOT_STARTED, Cause.NODE_LOST if worked_before else None)
         if self.life.interrupted():  # asked to leave before there was a command to ask
-            return self.judge(128 + signal.SIGTERM, self.life.cause(self.life.job()))
+            return self.judge(128 + signal.SIGTERM, self.noted_cause())
         command = Command(self.life.submission, self.life.index, environ)
         self.life.note(command_started_unix_s=time.time())
         problem = command.start()
@@ -115,8 +115,13 @@ class Leader:
                     self.ask_to_leave(command, cause)
             time.sleep(_POLL_S)
         if cause is None and self.life.interrupted():  # the signal ended the command before it was seen here
-            cause = self.life.cause(self.life.job())
-            self.life.note(stopped_by=cause.value)
+            cause = self.noted_cause()
+        return cause
+
+    def noted_cause(self) -> Cause:
+        """Why a signal asked this life to leave, now in its record."""
+        cause = self.life.cause(self.life.job())
+        self.life.note(stopped_by=cause.value)
         return cause
 
     def reason_to_leave(self, ray: RayNode | None) -> Cause | None:

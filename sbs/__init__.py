@@ -6,7 +6,7 @@ from sbs.convert import compress, freeze
 from sbs.cost import CostReport, LayerCost, cost
 from sbs.errors import SbsError
 from sbs.export import export, load_exported
-from sbs.kernels import use_compiled
+from sbs.compiled import use_compiled
 from sbs.landing import Landing, bops_of, bops_range, land
 from sbs.objective import after_step, bop_penalty, param_groups, telemetry
 from sbs.policy import LayerPolicy, Policy

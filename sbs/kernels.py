@@ -1,7 +1,7 @@
 """Element-wise kernels of the closed form: normalise, quantise, residual statistics, and their backward pass.
 
-All work on a view of the tensor in memory order, so that one dynamic-shape graph serves every layer. They are compiled
-by torch.compile at first use; where no compiler is at hand they run eagerly, after one warning.
+All work on a view of the tensor in memory order, so that one dynamic-shape graph serves every layer; `sbs.compiled` has
+them compiled.
 
 Conventions: n_b = 2**b - 1 steps; z in [0, 1] is the normalised value, the code is k = round(z * n_b), ties to even.
     unsigned  z = clip(x / scale, 0, 1)                                 value = scale * k / n_b
@@ -10,9 +10,7 @@ Conventions: n_b = 2**b - 1 steps; z in [0, 1] is the normalised value, the code
 """
 
 import enum
-import warnings
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -103,7 +101,7 @@ def backward(
     x, gate, scale = _gated(operand, form), operand.gate, operand.scale
     g = grad.to(x.dtype) * grad_scale
     v, z, inside = _normalize(x, operand, form.signed)
-    quantized = torch.round(z * operand.levels) / operand.levels
+    quantized = torch.round(z * operand.levels) * (1 / operand.levels)
     v_q = 2 * quantized - 1 if form.signed else quantized
     dgate = None
     if form.mode is GateMode.AFTER and gate is not None:
@@ -112,9 +110,10 @@ def backward(
     dx = g * inside
     dscale = (g * (v_q - v * inside)).sum()
     dots: list[Tensor] = []
-    coarse = torch.round(z * form.grid[0]) / form.grid[0]
+    # by reciprocals: these values are not codes, and divisions would take half of the pass
+    coarse = torch.round(z * form.grid[0]) * (1 / form.grid[0])
     for n in form.grid[1:]:
-        fine = torch.round(z * n) / n
+        fine = torch.round(z * n) * (1 / n)
         dots.append((g * (fine - coarse)).sum())
         coarse = fine
     if form.mode is GateMode.BEFORE and gate is not None:
@@ -143,57 +142,3 @@ def _chain(dots: list[Tensor], gates: Tensor, slope: Tensor) -> Tensor:
         grads.append(product * tail)
         product = product * gates[j]
     return torch.stack(grads).to(gates.dtype)
-
-
-# On a GPU compiled division is approximate unless asked otherwise. A quotient that is a bit off can round to the next
-# code, and small weights are encoded by eager code (weights.py): all must divide alike.
-_OPTIONS = {"eager_numerics.division_rounding": True}
-# forms x types x devices: far more than any one run needs, so that none ends in the eager fallback
-_GRAPHS = 64
-
-
-class _Compiled:
-    """A function that compiles itself at first use and falls back to eager for good, warning once, if that fails."""
-
-    enabled = True
-    _warned = False
-
-    def __init__(self, function: Callable[..., Any]) -> None:
-        self.eager = function
-        self._compiled: dict[tuple[Form, torch.dtype], Callable[..., Any]] = {}
-
-    def __call__(self, operand: Operand, form: Form, *args: Any) -> Any:
-        if not _Compiled.enabled or torch.compiler.is_compiling():
-            return self.eager(operand, form, *args)
-        # one cache for each kind of tensor: looking a graph up among all of them takes longer than small tensors do
-        key = (form, operand.x.dtype)
-        compiled = self._compiled.get(key)
-        if compiled is None:
-            limits = {"recompile_limit": _GRAPHS, "isolate_recompiles": True}
-            compiled = torch.compile(self.eager, dynamic=True, fullgraph=True, options=_OPTIONS.copy(), **limits)  # type: ignore[call-overload]
-            self._compiled[key] = compiled
-        try:
-            return compiled(operand, form, *args)
-        except Exception as error:  # a broken tool chain raises many types, none of them the caller's fault
-            if "torch._" not in type(error).__module__:
-                raise
-            _Compiled.enabled = False
-            if not _Compiled._warned:
-                _Compiled._warned = True
-                reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-                warnings.warn(f"SBS kernels run uncompiled, and slower: torch.compile failed ({reason})", stacklevel=3)
-            return self.eager(operand, form, *args)
-
-
-def use_compiled(enabled: bool) -> bool:
-    """Switch compilation of the kernels on or off for this process; returns the former setting."""
-    former = _Compiled.enabled
-    _Compiled.enabled = enabled
-    return former
-
-
-compiled_encode = _Compiled(encode)
-compiled_encode_with_sums = _Compiled(encode_with_sums)
-compiled_residual_sums = _Compiled(residual_sums)
-compiled_backward = _Compiled(backward)
-compiled_backward_with_codes = _Compiled(backward_with_codes)

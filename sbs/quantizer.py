@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from sbs import kernels
+from sbs import compiled
 from sbs.kernels import Form, GateMode, Operand
 from sbs.memory import dense, like, memory_view, restore
 
@@ -137,9 +137,9 @@ def _encode(
         gate = gate if collect or side.form.mode is not GateMode.STATISTICS else None
         operand, form = side.operand(x, scale, gate)
         if collect:
-            codes, sums = kernels.compiled_encode_with_sums(operand, form, dtype)
+            codes, sums = compiled.encode_with_sums(operand, form, dtype)
         else:
-            codes = kernels.compiled_encode(operand, form, dtype)
+            codes = compiled.encode(operand, form, dtype)
         codes = restore(codes, x)
     unit = scale.detach() / side.levels
     return _shrunk(codes), unit / _HALF_SHRINK if dtype == torch.float16 else unit, sums
@@ -240,8 +240,8 @@ def _backward(grad: Tensor, grad_scale: Tensor, given: _Input, *, with_codes: bo
     arguments = (operand, form, flat, grad_scale, given.bit_gates.detach().clone())
     codes = x
     if with_codes:
-        (dx, dscale, dgates, dgate), codes = kernels.compiled_backward_with_codes(*arguments)
+        (dx, dscale, dgates, dgate), codes = compiled.backward_with_codes(*arguments)
         codes = restore(_shrunk(codes), x)
     else:
-        dx, dscale, dgates, dgate = kernels.compiled_backward(*arguments)
+        dx, dscale, dgates, dgate = compiled.backward(*arguments)
     return (restore(dx, x), dscale.to(given.scale.dtype), dgates, dgate), codes

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from sbs import kernels
+from sbs import compiled
 from sbs.kernels import Form, GateMode, Operand
 from sbs.memory import dense, memory_view, restore
 
@@ -60,7 +60,7 @@ def encode(
             tensor = dense(w.detach())
             operand = Operand(memory_view(tensor, False), None, shifts[i], scales[i].detach(), levels[i])
             form = Form(True, GateMode.NONE, (1,))
-            result[i] = restore(kernels.compiled_encode(operand, form, tensor.dtype), tensor)
+            result[i] = restore(compiled.encode(operand, form, tensor.dtype), tensor)
         if small:
             chosen = [levels[i] for i in small]
             z = _normalized([weights[i] for i in small], [shifts[i] for i in small], [scales[i] for i in small])
@@ -83,7 +83,7 @@ def statistics(
         for i, w in enumerate(kept):
             if w.numel() >= _LARGE:
                 operand = Operand(memory_view(dense(w.detach()), False), None, shifts[i], scales[i].detach(), shifts[i])
-                sums: Tensor = kernels.compiled_residual_sums(operand, Form(True, GateMode.NONE, grid))
+                sums: Tensor = compiled.residual_sums(operand, Form(True, GateMode.NONE, grid))
                 rows[i] = sums / w.numel()
         if small:
             z = _normalized([kept[i] for i in small], [shifts[i] for i in small], [scales[i] for i in small])

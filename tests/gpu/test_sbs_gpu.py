@@ -237,9 +237,9 @@ def compare_compiled_kernels(device: str, dtype: torch.dtype) -> None:
         grad = torch.randn(operand.x.shape, generator=torch.Generator().manual_seed(2)).to(device, dtype)
         scale, gates = torch.tensor(0.01, device=device), torch.tensor([1.0, 0.0], device=device)
         for function, compiled, args in (
-            (kernels.encode, kernels.compiled_encode, (torch.float32,)),
-            (kernels.encode_with_sums, kernels.compiled_encode_with_sums, (torch.float32,)),
-            (kernels.backward_with_codes, kernels.compiled_backward_with_codes, (grad, scale, gates)),
+            (kernels.encode, compiled.encode, (torch.float32,)),
+            (kernels.encode_with_sums, compiled.encode_with_sums, (torch.float32,)),
+            (kernels.backward_with_codes, compiled.backward_with_codes, (grad, scale, gates)),
         ):
             want = torch.utils._pytree.tree_leaves(function(operand, form, *args))
             got = torch.utils._pytree.tree_leaves(compiled(operand, form, *args))

@@ -1,0 +1,88 @@
+"""The kernels of `sbs.kernels`, compiled at first use: ahead of time to a library on the CPU, by torch.compile elsewhere.
+
+Where no compiler is at hand they run eagerly, after one warning.
+"""
+
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sbs import kernels, library
+from sbs.kernels import Form, Operand
+
+Kernel = Callable[..., Any]
+
+# On a GPU compiled division is approximate unless asked otherwise. A quotient that is a bit off can round to the next
+# code, and small weights are encoded by eager code (weights.py): all must divide alike.
+_OPTIONS = {"eager_numerics.division_rounding": True}
+# forms x types x devices: far more than any one run needs, so that none ends in the eager fallback
+_GRAPHS = 64
+
+
+class _Compiled:
+    """A kernel that compiles itself for each kind of operand and falls back to eager for good if that fails."""
+
+    enabled = True
+    _warned = False
+
+    def __init__(self, function: Kernel) -> None:
+        self.eager = function
+        self._made: dict[tuple[object, ...], Kernel] = {}
+
+    def __call__(self, operand: Operand, form: Form, *args: Any) -> Any:
+        if not _Compiled.enabled or torch.compiler.is_compiling():
+            return self.eager(operand, form, *args)
+        kind = _kind(operand, form, args)
+        made = self._made.get(kind)
+        if made is None:
+            made = self._make(operand, form, args)
+            self._made[kind] = made
+        try:
+            return made(operand, form, *args)
+        except Exception as error:
+            if "torch._" not in type(error).__module__:  # of torch.compile, which starts to compile when called
+                raise
+            return self._give_up(error)(operand, form, *args)
+
+    def _make(self, operand: Operand, form: Form, args: tuple[Any, ...]) -> Kernel:
+        try:
+            if operand.x.device.type == "cpu":
+                return library.kernel(self.eager, operand, form, args, _OPTIONS)
+            limits = {"recompile_limit": _GRAPHS, "isolate_recompiles": True}
+            made: Kernel = torch.compile(self.eager, dynamic=True, fullgraph=True, options=_OPTIONS.copy(), **limits)  # type: ignore[call-overload]
+        except Exception as error:  # noqa: BLE001 - a broken tool chain raises many types, none of them the caller's fault
+            return self._give_up(error)
+        return made
+
+    def _give_up(self, error: Exception) -> Kernel:
+        _Compiled.enabled = False
+        if not _Compiled._warned:
+            _Compiled._warned = True
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            warnings.warn(f"SBS kernels run uncompiled, and slower: compiling them failed ({reason})", stacklevel=4)
+        return self.eager
+
+
+def _kind(operand: Operand, form: Form, args: tuple[Any, ...]) -> tuple[object, ...]:
+    """What a compiled kernel is made for: types, and which sizes are 1; all other sizes are free."""
+    x = operand.x
+    ones = tuple([size == 1 for size in x.shape])
+    rest = [each.dtype if isinstance(each, Tensor) else each for each in args]
+    return (form, x.device.type, x.dtype, ones, operand.gate is None, operand.scale.dtype, *rest)
+
+
+def use_compiled(enabled: bool) -> bool:
+    """Switch compilation of the kernels on or off for this process; returns the former setting."""
+    former = _Compiled.enabled
+    _Compiled.enabled = enabled
+    return former
+
+
+encode = _Compiled(kernels.encode)
+encode_with_sums = _Compiled(kernels.encode_with_sums)
+residual_sums = _Compiled(kernels.residual_sums)
+backward = _Compiled(kernels.backward)
+backward_with_codes = _Compiled(kernels.backward_with_codes)

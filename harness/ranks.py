@@ -153,10 +153,11 @@ def joined(run: RunConfig, *, device: torch.device | None = None, launcher: str 
 @contextmanager
 def arithmetic(run: RunConfig) -> Iterator[None]:
     """Set threads and determinism as the recipe says, since launchers leave different defaults; restore them after."""
-    threads, deterministic = torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()
+    threads, deterministic = torch.get_num_threads(), torch.get_deterministic_debug_mode()
     torch.set_num_threads(run.threads)
-    # warn_only: a few CUDA kernels have no deterministic form; bit-exact resume is promised on CPU.
-    torch.use_deterministic_algorithms(run.deterministic, warn_only=True)
+    # "warn": a few CUDA kernels have no deterministic form; bit-exact resume is promised on CPU. This call, unlike
+    # use_deterministic_algorithms, does not import the compiler.
+    torch.set_deterministic_debug_mode("warn" if run.deterministic else "default")
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     torch.backends.cudnn.benchmark = not run.deterministic
     if not run.gpus_per_worker:
@@ -171,7 +172,7 @@ def arithmetic(run: RunConfig) -> Iterator[None]:
             yield
     finally:
         torch.set_num_threads(threads)
-        torch.use_deterministic_algorithms(deterministic)
+        torch.set_deterministic_debug_mode(deterministic)
 
 
 @functools.cache

@@ -2,11 +2,11 @@
 
 from sbs import models
 from sbs.calibrate import calibrate
+from sbs.compiled import use_compiled
 from sbs.convert import compress, freeze
 from sbs.cost import CostReport, LayerCost, cost
 from sbs.errors import SbsError
 from sbs.export import export, load_exported
-from sbs.compiled import use_compiled
 from sbs.landing import Landing, bops_of, bops_range, land
 from sbs.objective import after_step, bop_penalty, param_groups, telemetry
 from sbs.policy import LayerPolicy, Policy

@@ -1,4 +1,4 @@
-"""The kernels of `sbs.kernels`, compiled at first use: ahead of time to a library on the CPU, by torch.compile elsewhere.
+"""The kernels of `sbs.kernels`, compiled at first use: on the CPU to a library (`sbs.library`), else by torch.compile.
 
 Where no compiler is at hand they run eagerly, after one warning.
 """
@@ -20,6 +20,7 @@ Kernel = Callable[..., Any]
 _OPTIONS = {"eager_numerics.division_rounding": True}
 # forms x types x devices: far more than any one run needs, so that none ends in the eager fallback
 _GRAPHS = 64
+_ONE_WIDTH = (1,)
 
 
 class _Compiled:
@@ -35,6 +36,8 @@ class _Compiled:
     def __call__(self, operand: Operand, form: Form, *args: Any) -> Any:
         if not _Compiled.enabled or torch.compiler.is_compiling():
             return self.eager(operand, form, *args)
+        if len(form.grid) == 1:  # whose only entry is in levels as well
+            form = form._replace(grid=_ONE_WIDTH)
         kind = _kind(operand, form, args)
         made = self._made.get(kind)
         if made is None:

@@ -45,7 +45,9 @@ def kernel(
     if not path.exists():
         with _locked(path.with_suffix(".lock")):
             if not path.exists():
-                _build(_Call(function, form, statics, operand.gate is not None), tensors, path, _OPTIONS | dict(options))
+                _build(
+                    _Call(function, form, statics, operand.gate is not None), tensors, path, _OPTIONS | dict(options)
+                )
     run = torch._C._aoti.AOTIModelContainerRunnerCpu(str(path), 1).run  # noqa: SLF001 - the public loader imports the compiler
     shaped = _SHAPES[function]
 
@@ -104,7 +106,7 @@ def _build(call: _Call, tensors: list[Tensor], path: Path, options: dict[str, An
         warnings.simplefilter("ignore")  # of torch's own deprecated calls
         program = torch.export.export(call, like, dynamic_shapes=(shapes,))
         module = program.module(check_guards=False)
-        made = aot_compile(module, like, options=options | {"aot_inductor.output_path": f"{work}/kernel.so"})  # type: ignore[arg-type]
+        made = aot_compile(module, like, options=options | {"aot_inductor.output_path": f"{work}/kernel.so"})
         Path(str(made)).replace(path)
 
 
@@ -120,7 +122,9 @@ def folder() -> Path:
     path.mkdir(mode=0o700, parents=True, exist_ok=True)
     status = path.stat()
     if status.st_uid != os.getuid() or status.st_mode & 0o022:
-        raise SbsError(f"{path} can be written by other users; remove it, or set TORCHINDUCTOR_CACHE_DIR to another folder")
+        raise SbsError(
+            f"{path} can be written by other users; remove it, or set TORCHINDUCTOR_CACHE_DIR to another folder"
+        )
     return path
 
 
@@ -136,7 +140,13 @@ def _machine() -> tuple[str, ...]:
     information = Path("/proc/cpuinfo")
     lines = information.read_text().splitlines() if information.exists() else [platform.processor()]
     cpu = sorted({line for line in lines if line.startswith(("model name", "flags", "Features", "CPU part"))})
-    return (torch.__version__, inspect.getsource(kernels), platform.machine(), torch.backends.cpu.get_cpu_capability(), *cpu)
+    return (
+        torch.__version__,
+        inspect.getsource(kernels),
+        platform.machine(),
+        torch.backends.cpu.get_cpu_capability(),
+        *cpu,
+    )
 
 
 @contextmanager

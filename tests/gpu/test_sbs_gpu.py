@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import sbs
-from sbs import kernels
+from sbs import compiled, kernels
 from sbs.kernels import Form, GateMode, Operand
 from tests.numerics import networks, states
 
@@ -236,13 +236,13 @@ def compare_compiled_kernels(device: str, dtype: torch.dtype) -> None:
         operand = _operand(form, device, dtype)
         grad = torch.randn(operand.x.shape, generator=torch.Generator().manual_seed(2)).to(device, dtype)
         scale, gates = torch.tensor(0.01, device=device), torch.tensor([1.0, 0.0], device=device)
-        for function, compiled, args in (
+        for function, made, args in (
             (kernels.encode, compiled.encode, (torch.float32,)),
             (kernels.encode_with_sums, compiled.encode_with_sums, (torch.float32,)),
             (kernels.backward_with_codes, compiled.backward_with_codes, (grad, scale, gates)),
         ):
             want = torch.utils._pytree.tree_leaves(function(operand, form, *args))
-            got = torch.utils._pytree.tree_leaves(compiled(operand, form, *args))
+            got = torch.utils._pytree.tree_leaves(made(operand, form, *args))
             for a, b in zip(got, want, strict=True):
                 if b is None:
                     assert a is None

@@ -39,9 +39,12 @@ class Position:
 
 
 class StageLoop:
-    """Trains `job.net` in place, from a checkpoint's state or from the start."""
+    """Trains `job.net` in place, from a checkpoint's state or from the start.
 
-    def __init__(self, job: Job, context: Context, state: State | None) -> None:
+    `calibration_s`: what the stage's calibration took, which is part of its time.
+    """
+
+    def __init__(self, job: Job, context: Context, state: State | None, calibration_s: float = 0.0) -> None:
         run, ranks = context.recipe.run, context.ranks
         self.job, self.context, self.ranks = job, context, ranks
         self.at = Position()
@@ -56,7 +59,7 @@ class StageLoop:
         self._fault = ""
         self._losses: deque[tuple[torch.Tensor, int, int]] = deque()
         self._begin_s = self._last_checkpoint_s = time.monotonic()
-        self._earlier_s = 0.0
+        self._earlier_s = calibration_s
         if state is not None:
             self._restore(state)
 

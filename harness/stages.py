@@ -268,11 +268,13 @@ class _Trial:
         assert config is not None
         key = self._key(stage)
         state = self.context.newest_checkpoint(key, before.seq, before.step)
+        begin_s = time.monotonic()
         if state is None and prepare is not None:
             prepare()
+        calibration_s = time.monotonic() - begin_s
         teacher = self._teacher() if config.distill else None
         job = Job(stage, key, net, config, before.step, pressure, teacher, telemetry, before.policy, remark)
-        loop = StageLoop(job, self.context, state)
+        loop = StageLoop(job, self.context, state, calibration_s)
         loop.run()
         snapshots = {} if pressure is None else pressure.finish()
         seq = 0 if self.context.log is None else self.context.log.last_seq

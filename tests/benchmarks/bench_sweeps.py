@@ -108,7 +108,7 @@ def noop_trials() -> tuple[float, float]:
 
 
 def fixed_cost(workers: int, trials: int = 4) -> float:
-    """Seconds of a trial's driver beyond what the stages took, over real trials that train no epoch."""
+    """Seconds of a trial's driver beyond what the stages took, over real trials that calibrate but train no epoch."""
     with tempfile.TemporaryDirectory(prefix="b") as name:
         space = write_space(Path(name), workers=workers, lambdas=[number / 10 for number in range(trials)])
         command = [sys.executable, "-m", "sweeps", "run", str(space), "--out", f"{name}/runs"]

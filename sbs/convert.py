@@ -6,6 +6,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
+from sbs.absorb import restore
 from sbs.calibrate import calibrate
 from sbs.gates import selected
 from sbs.graph import NORMS, NetworkGraph, analyze
@@ -71,6 +72,7 @@ def compress(
         graph = analyze(model, example_input)
     policy.checked(graph)
     result = copy.deepcopy(model)
+    restore(result)
     kept = [_index(policy, graph, i) for i in range(len(graph.groups))]
     for info, rows, columns in graph.kept(kept):
         choice = policy.layer(info.name)

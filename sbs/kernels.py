@@ -10,6 +10,7 @@ Conventions: n_b = 2**b - 1 steps; z in [0, 1] is the normalised value, the code
 """
 
 import enum
+import math
 from typing import NamedTuple
 
 import torch
@@ -36,11 +37,15 @@ class Operand(NamedTuple):
 
 
 class Form(NamedTuple):
-    """The static part of a quantiser. grid: steps n_b of its candidate bit-widths, rising."""
+    """The static part of a quantiser. grid: steps n_b of its candidate bit-widths, rising.
+
+    relu: upper limit (infinite or 6) of the ReLU that the quantiser computes as well, before all else; None without.
+    """
 
     signed: bool
     mode: GateMode
     grid: tuple[int, ...]
+    relu: float | None = None
 
 
 def _normalize(x: Tensor, operand: Operand, signed: bool) -> tuple[Tensor, Tensor, Tensor]:
@@ -54,9 +59,22 @@ def _normalize(x: Tensor, operand: Operand, signed: bool) -> tuple[Tensor, Tenso
     return value, value, (raw >= 0) & (raw <= 1)
 
 
-def _gated(operand: Operand, form: Form) -> Tensor:
+def _feature(operand: Operand, form: Form) -> Tensor:
+    """x behind its ReLU, if that is the quantiser's, in float32 or wider."""
     x = operand.x if operand.x.dtype == torch.float64 else operand.x.float()
+    if form.relu is None:
+        return x
+    return x.clamp_min(0) if math.isinf(form.relu) else x.clamp(0, form.relu)
+
+
+def _gated(operand: Operand, form: Form) -> Tensor:
+    x = _feature(operand, form)
     return x * operand.gate if form.mode is GateMode.BEFORE and operand.gate is not None else x
+
+
+def _relu_passes(x: Tensor, limit: float) -> Tensor:
+    """Where a ReLU lets gradients through: an open interval, as torch has it."""
+    return x > 0 if math.isinf(limit) else (x > 0) & (x < limit)
 
 
 def encode(operand: Operand, form: Form, dtype: torch.dtype) -> Tensor:
@@ -94,7 +112,7 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """Closed-form gradients (dx, dscale, dbit_gates, dgate) of a loss with g = dL/dvalue = grad * grad_scale.
 
-    dx = g * 1[inside]; dscale = <g, v_q - v * 1[inside]>, v the normalised value, v_q its quantised one;
+    dx = g * 1[inside] (behind a ReLU of the form also * 1[0 < x < limit]); dscale = <g, v_q - v * 1[inside]>, v the normalised value, v_q its quantised one;
     dbit_gates[j] = (dvalue/dz) * (product of lower gates) * <g, offset_j + gate_{j+1} * (offset_{j+1} + ...)>,
     where offset_j = D_{grid[j+1]}(z) - D_{grid[j]}(z). dgate, per channel, uses the value before the gate.
     """
@@ -117,8 +135,10 @@ def backward(
         dots.append((g * (fine - coarse)).sum())
         coarse = fine
     if form.mode is GateMode.BEFORE and gate is not None:
-        dgate = (dx * operand.x).sum(dim=(0, 2))
+        dgate = (dx * _feature(operand, form)).sum(dim=(0, 2))
         dx = dx * gate
+    if form.relu is not None:
+        dx = dx * _relu_passes(operand.x, form.relu)
     slope = 2 * scale if form.signed else scale
     return dx.to(operand.x.dtype), dscale, _chain(dots, bit_gates, slope), dgate
 

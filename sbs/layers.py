@@ -35,13 +35,17 @@ class LayerContext:
 
 @dataclass(frozen=True)
 class QuantSettings:
-    """What is fixed for a layer: candidates, sign of its input, whether its input is the image, its gate's mode."""
+    """What is fixed for a layer: candidates, sign of its input, whether its input is the image, its gate's mode.
+
+    relu: upper limit of the ReLU in front, where the layer computes it (see `sbs.absorb`); None where it does not.
+    """
 
     weight_bits: tuple[int, ...]
     activation_bits: tuple[int, ...]
     signed: bool
     image: bool = False
     gate_mode: GateMode = GateMode.NONE
+    relu: float | None = None
 
 
 class QuantizedLayer(nn.Module):
@@ -149,13 +153,14 @@ class QuantizedLayer(nn.Module):
         grid = tuple(levels(b) for b in s.activation_bits)
         selected = self._activation_levels if c.activation_levels is None else c.activation_levels
         mode = s.gate_mode if c.channel_gate is not None else GateMode.NONE
-        return Side(Form(s.signed, mode, grid), selected, self._zero, collect=c.collect and len(grid) > 1)
+        return Side(Form(s.signed, mode, grid, s.relu), selected, self._zero, collect=c.collect and len(grid) > 1)
 
     def apply_quantized(self, x: Tensor, affine: Affine) -> Tensor:
         """The layer's output for input `x`, bias included; leaves the residual sums in `pending_activation`."""
         self.check_type()
         c = self.context
         if self.observed is not None:
+            x = x if self.settings.relu is None else x.clamp(0, self.settings.relu)
             self.observed.append(_sample(x, self.settings.signed))
             return (
                 affine.forward(x, self.weight) if self.bias is None else self._add_bias(affine.forward(x, self.weight))
@@ -237,6 +242,18 @@ class QuantLinear(nn.Linear, QuantizedLayer):
     def forward(self, x: Tensor) -> Tensor:
         """(N, F) -> (N, O)."""
         return self.apply_quantized(x, LINEAR)
+
+
+class AbsorbedReLU(nn.ReLU):
+    """Stands for a ReLU that the layer behind it computes: passes its input on, and remembers the original."""
+
+    def __init__(self, original: nn.Module) -> None:
+        super().__init__()
+        self.original = original
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`x` itself."""
+        return x
 
 
 def from_float(m: nn.Module, settings: QuantSettings) -> QuantConv2d | QuantLinear:

@@ -2,12 +2,13 @@
 
 import copy
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from sbs.absorb import absorb, absorbable
 from sbs.errors import SbsError
 from sbs.gates import HYSTERESIS, MOMENTUM, GateBank, decide, selected
 from sbs.graph import NetworkGraph, analyze
@@ -33,21 +34,27 @@ class SuperNet(nn.Module):
         super().__init__()
         self.space, self.graph = space, graph
         self.model = copy.deepcopy(model)
-        searched = []
+        layers, searched, relus = [], [], absorbable(model)
         for info in graph.layers:
             edge = (space.first_last_bits,)
             mode = gate_mode(graph, info.name)
+            activation_bits = edge if info.edge else space.activation_bits
+            relu, limit = relus.get(info.name, (None, None))
+            if relu is not None and activation_bits != (FULL_PRECISION_BITS,):
+                absorb(self.model, relu)
+            else:
+                limit = None
             settings = QuantSettings(
-                edge if info.edge else space.weight_bits,
-                edge if info.edge else space.activation_bits,
-                info.signed,
-                info.image,
-                mode,
+                edge if info.edge else space.weight_bits, activation_bits, info.signed, info.image, mode, limit
             )
-            self.model.set_submodule(info.name, from_float(self.model.get_submodule(info.name), settings))
+            layer = from_float(self.model.get_submodule(info.name), settings)
+            self.model.set_submodule(info.name, layer)
+            layers.append((info.name, layer))
             if not info.edge:
                 searched.append(info.name)
         self.searched = tuple(searched)
+        # in a tuple, as walking the modules several times a step takes longer than a small layer
+        self._layers: tuple[tuple[str, QuantConv2d | QuantLinear], ...] = tuple(layers)
         device = next(model.parameters()).device
         rows = len(searched)
         self.weight_gates = GateBank(rows, len(space.weight_bits) - 1, maximum=MAX_BIT_STATISTIC).to(device)
@@ -101,10 +108,7 @@ class SuperNet(nn.Module):
 
     def layers(self) -> Iterator[tuple[str, QuantConv2d | QuantLinear]]:
         """Name and module of every quantised layer, in order of execution."""
-        for info in self.graph.layers:
-            layer = self.model.get_submodule(info.name)
-            assert isinstance(layer, QuantConv2d | QuantLinear)
-            yield info.name, layer
+        return iter(self._layers)
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, C, H, W) -> logits, with the gates as they were decided after the last step."""
@@ -180,7 +184,7 @@ class SuperNet(nn.Module):
 
         One all-reduce of a few numbers per gate where torch.distributed is initialised.
         """
-        clamp_clips(self.model)
+        clamp_clips([layer for _, layer in self._layers])
         for bank in (self.weight_gates, self.activation_gates, self.channel_gates):
             bank.clamp()
         self._update_statistics(MOMENTUM)
@@ -203,8 +207,7 @@ class SuperNet(nn.Module):
         self._update_activation_statistics(collected, momentum)
 
     def _searched_layers(self) -> list[QuantizedLayer]:
-        layers = dict(self.layers())
-        return [layers[name] for name in self.searched]
+        return [layer for name, layer in self._layers if name in self._rows]
 
     def _collected(self) -> Tensor:
         """Residual sums and counts of this rank's batches, (searched layers, bit-widths), float64; then forgotten."""
@@ -348,9 +351,8 @@ def gate_mode(graph: NetworkGraph, name: str) -> GateMode:
 
 
 @torch.no_grad()
-def clamp_clips(model: nn.Module) -> None:
+def clamp_clips(layers: Sequence[QuantizedLayer]) -> None:
     """Keep every clip at or above 1e-3 of its start (ours)."""
-    layers = [m for m in model.modules() if isinstance(m, QuantizedLayer)]
     clips = [c for m in layers for c in (m.weight_clip, m.activation_clip)]
     floors = [f for m in layers for f in (m.weight_clip_floor, m.activation_clip_floor)]
     if clips:

@@ -7,7 +7,7 @@ from torch import Tensor, fx, nn
 from torch.fx.passes.shape_prop import ShapeProp
 
 from sbs.errors import SbsError
-from sbs.layers import QuantConv2d, QuantLinear
+from sbs.layers import AbsorbedReLU, QuantConv2d, QuantLinear
 
 SUPPORTED = (
     "networks are made of Conv2d, Linear, batch or group norm, element-wise activations, pooling, dropout, "
@@ -15,9 +15,12 @@ SUPPORTED = (
 )
 
 
-class _Tracer(fx.Tracer):
+class Tracer(fx.Tracer):
+    """Takes layers, of torch or ours, as the leaves of the graph."""
+
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return isinstance(m, nn.Conv2d | nn.Linear) or super().is_leaf_module(m, module_qualified_name)
+        """Whether the graph has one node for `m`."""
+        return isinstance(m, nn.Conv2d | nn.Linear | AbsorbedReLU) or super().is_leaf_module(m, module_qualified_name)
 
 
 def trace(model: nn.Module, example_input: Tensor) -> fx.GraphModule:
@@ -25,7 +28,7 @@ def trace(model: nn.Module, example_input: Tensor) -> fx.GraphModule:
     training = {m: m.training for m in model.modules()}
     model.eval()
     try:
-        graph = _Tracer().trace(model)
+        graph = Tracer().trace(model)
         traced = fx.GraphModule(model, graph)
         with torch.no_grad():
             ShapeProp(traced).propagate(example_input)

@@ -1,8 +1,8 @@
 """The compressed network of a finished trial as an MLflow model: `model/` in its run directory.
 
-It is made once, by a process of its own at low priority, `python -m harness.tracking.model`, which reads the names of
-run directories from its standard input: following the network's graph takes torch and seconds, which neither a training
-process nor a driver should give. It stays a while for the next ones, since most of those seconds go into its start.
+It is made once, by a process of its own at low priority, `python -m harness.tracking.model`, which is given the names
+of run directories one by one: following the network's graph takes torch and seconds, which neither a training process
+nor a driver should give. It stays a while for the next ones, since most of those seconds go into its start.
 """
 
 import json
@@ -10,9 +10,11 @@ import os
 import resource
 import select
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -22,7 +24,7 @@ from harness.run_dir import RunDir, read_json, write_text
 
 FOLDER = "model"
 LIMIT_S, CPU_LIMIT_S = 3600.0, 600
-"""A process is ended that takes longer over a batch, or more CPU over a model; beside training little takes long."""
+"""A model is given up that takes longer, or more CPU; beside training even little CPU can take long."""
 LINGER_S = 120.0
 """How long a process without work stays: it holds half a GB of memory."""
 
@@ -58,94 +60,122 @@ def make(run: RunDir) -> None:
     recipe = parse_recipe(read_json(run.config_path) or {}, str(run.config_path))
     net = plain(restored(recipe, load_weights(run.weights_path), read_json(run.policy_path)))
     size = recipe.data.eval_image_size or recipe.data.image_size
-    unfinished = run.path / f".{FOLDER}.{os.getpid()}"
+    unfinished = _unfinished(run, os.getpid())
     shutil.rmtree(unfinished, ignore_errors=True)
     with torch.no_grad():
         # two images: torch.export takes a batch of one for the only size there is
         save_model(net, torch.zeros(2, 3, size, size).numpy(), unfinished)
-    unfinished.replace(run.path / FOLDER)
+    try:
+        unfinished.replace(run.path / FOLDER)
+    except OSError:
+        shutil.rmtree(unfinished, ignore_errors=True)
+        if state(run) != "ready":  # another process, on another node maybe, has been faster
+            raise
 
 
 class Maker:
-    """Makes models in a child process, a batch after the other, without waiting for it."""
+    """Makes models in a child process, one at a time, without waiting for it. Threads may share one."""
 
     def __init__(self) -> None:
-        self._child: subprocess.Popen[bytes] | None = None
-        self._batch: Sequence[RunDir] = ()
-        self._began_s = 0.0
-        self._words: IO[bytes] | None = None
+        self._child: _Child | None = None
+        self._closed = False
+        self._lock = threading.Lock()
 
     def work(self, runs: Sequence[RunDir]) -> None:
-        """See to those of `runs` whose model is due: give them to the child, or look how far the last batch is."""
-        if self._child is not None:
-            late = time.monotonic() - self._began_s >= LIMIT_S
-            ended = self._child.poll() is not None
-            if ended or (late and self._left()):
-                self._end()
-            elif self._left():
+        """Look how far the child is, and give it the first of `runs` whose model is due once it has time."""
+        with self._lock:
+            if self._child is not None and not self._child.has_time():
+                self._child = None
+            due = next((run for run in runs if state(run) == "due"), None)
+            if self._closed or due is None or (self._child is not None and self._child.order is not None):
                 return
-        due = [run for run in runs if state(run) == "due"]
-        if due:
-            self._give(due)
+            if self._child is None:
+                self._child = _Child()
+            self._child.give(due)
 
     def finish(self, runs: Sequence[RunDir]) -> None:
         """Make all models that are due, and wait for them."""
         while any(state(run) == "due" for run in runs):
             self.work(runs)
-            if self._child is not None:
-                assert self._child.stdin is not None
-                self._child.stdin.close()
-                try:
-                    self._child.wait(LIMIT_S)
-                except subprocess.TimeoutExpired:
-                    self._began_s = -LIMIT_S
+            time.sleep(0.05)
         self.close()
 
     def close(self) -> None:
-        """End the child, at work or not; what it has not made stays due."""
-        if self._child is not None:
-            assert self._child.stdin is not None
-            assert self._words is not None
-            self._child.kill()
-            self._child.wait()
-            self._child.stdin.close()
-            self._child, self._batch = None, ()
-            self._words.close()
+        """End the child, at work or not, and start no other; what it has not made stays due."""
+        with self._lock:
+            self._closed = True
+            if self._child is not None:
+                self._child.end()
+                self._child = None
 
-    def _left(self) -> list[RunDir]:
-        return [run for run in self._batch if state(run) == "due"]
 
-    def _give(self, due: Sequence[RunDir]) -> None:
-        if self._child is None:
-            self._words = tempfile.TemporaryFile()  # noqa: SIM115 - lives as long as the child
-            environment = os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
-            command = [sys.executable, "-m", "harness.tracking.model"]
-            self._child = subprocess.Popen(
-                command,
-                stdin=subprocess.PIPE,
-                stdout=subprocess.DEVNULL,
-                stderr=self._words,
-                env=environment,
-                bufsize=0,
-            )
-        assert self._child.stdin is not None
-        self._batch, self._began_s = due, time.monotonic()
+class _Child:
+    """The process that makes models, and the run directory that it has in hand."""
+
+    def __init__(self) -> None:
+        self._words: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115 - lives as long as the process
+        environment = os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
         try:
-            self._child.stdin.write("".join(f"{json.dumps(str(run.path))}\n" for run in due).encode())
-        except BrokenPipeError:  # it has just left for want of work
-            self._batch = ()
+            # in a group of its own, as a Ctrl-C is meant for the driver, which has a last pass to make
+            self._process = subprocess.Popen(
+                _COMMAND, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=self._words,
+                env=environment, bufsize=0, process_group=0,
+            )  # fmt: skip
+        except OSError:
+            self._words.close()
+            raise
+        self.order: RunDir | None = None
+        self._began_s, self._said_bytes = 0.0, 0
 
-    def _end(self) -> None:
-        """A child that failed did so over the first model that it has not made: that one is given up."""
-        assert self._child is not None
-        assert self._words is not None
-        status, left = self._child.poll(), self._left()
-        if status != 0 and left:
-            self._words.seek(0)
-            lines = self._words.read().decode(errors="replace").strip().splitlines()
-            reason = "it took too long" if status is None else (lines or [f"the process ended with {status}"])[-1]
-            write_text(_error_path(left[0]), f"{reason[:2000]}\n")
-        self.close()
+    def give(self, run: RunDir) -> None:
+        """Have the model of `run` made."""
+        assert self._process.stdin is not None
+        self.order, self._began_s, self._said_bytes = run, time.monotonic(), os.fstat(self._words.fileno()).st_size
+        try:
+            self._process.stdin.write(f"{json.dumps(str(run.path))}\n".encode())
+        except BrokenPipeError:  # it has just left for want of work
+            self.order = None
+
+    def has_time(self) -> bool:
+        """Whether the process lives; it is ended if it has taken too long, and an order that ended it is given up."""
+        status = self._process.poll()
+        if self.order is not None and state(self.order) != "due":
+            self.order = None
+        late = self.order is not None and time.monotonic() - self._began_s >= LIMIT_S
+        if status is None and not late:
+            return True
+        if self.order is not None and status not in _ASKED_TO_LEAVE:
+            write_text(_error_path(self.order), f"{self._reason(status)[:2000]}\n")
+        self.end()
+        return False
+
+    def end(self) -> None:
+        """Kill the process, and clear away what it leaves of an unfinished model."""
+        assert self._process.stdin is not None
+        self._process.kill()
+        self._process.wait()
+        self._process.stdin.close()
+        self._words.close()
+        if self.order is not None:
+            shutil.rmtree(_unfinished(self.order, self._process.pid), ignore_errors=True)
+
+    def _reason(self, status: int | None) -> str:
+        if status is None:
+            return f"it took longer than {LIMIT_S:g} s"
+        said = os.pread(self._words.fileno(), 1 << 20, self._said_bytes).decode(errors="replace").strip().splitlines()
+        if status == -signal.SIGXCPU:
+            return f"it took more than {CPU_LIMIT_S} s of CPU"
+        end = f"was ended by {signal.Signals(-status).name}" if status < 0 else f"ended with {status}"
+        return f"the process that makes it {end}" + (f": {said[-1]}" if said else "")
+
+
+_COMMAND = (sys.executable, "-m", "harness.tracking.model")
+# not the model's fault, which stays due
+_ASKED_TO_LEAVE = (0, -signal.SIGINT, -signal.SIGTERM, -signal.SIGHUP)
+
+
+def _unfinished(run: RunDir, pid: int) -> Path:
+    return run.path / f".{FOLDER}.{pid}"
 
 
 def _error_path(run: RunDir) -> Path:
@@ -153,14 +183,23 @@ def _error_path(run: RunDir) -> Path:
 
 
 def main() -> None:
-    """Make the models of the run directories that standard input names, in turn; ends at the first that fails."""
+    """Make the models of the run directories that standard input names, in turn."""
     os.nice(19)
     for run in _orders():
         if state(run) == "due":
-            usage = resource.getrusage(resource.RUSAGE_SELF)
-            limit = int(usage.ru_utime + usage.ru_stime) + CPU_LIMIT_S
-            resource.setrlimit(resource.RLIMIT_CPU, (limit, resource.RLIM_INFINITY))
-            make(run)
+            _limit_cpu()
+            try:
+                make(run)
+            except Exception as error:  # noqa: BLE001 - whatever it is, it must not keep the others waiting
+                reason = (str(error).strip() or repr(error)).splitlines()[-1]
+                write_text(_error_path(run), f"{type(error).__name__}: {reason}"[:2000] + "\n")
+
+
+def _limit_cpu() -> None:
+    usage = resource.getrusage(resource.RUSAGE_SELF)
+    limit = int(usage.ru_utime + usage.ru_stime) + CPU_LIMIT_S
+    _, hard = resource.getrlimit(resource.RLIMIT_CPU)
+    resource.setrlimit(resource.RLIMIT_CPU, (limit if hard == resource.RLIM_INFINITY else min(limit, hard), hard))
 
 
 def _orders() -> Iterator[RunDir]:

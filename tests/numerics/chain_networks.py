@@ -179,12 +179,12 @@ class ChainInverted(Chain):
 
     def forward(self, x: Tensor) -> Tensor:
         m = self.module
-        x = self.gate_map("stem.0", m.stem[2](m.stem[1](self.quantised("stem.0", x))))
+        x = self.gate_map("stem.0", F.relu6(m.stem[1](self.quantised("stem.0", x))))
         x = m.down[1](self.quantised("down.0", x))
-        y = m.expand[2](m.expand[1](self.quantised("expand.0", x)))
-        y = self.gate_map("expand.0", m.depthwise[2](m.depthwise[1](self.quantised("depthwise.0", y))))
+        y = F.relu6(m.expand[1](self.quantised("expand.0", x)))
+        y = self.gate_map("expand.0", F.relu6(m.depthwise[1](self.quantised("depthwise.0", y))))
         x = x + m.project[1](self.quantised("project.0", y))
-        x = self.gate_map("last.0", m.last[2](m.last[1](self.quantised("last.0", x))))
+        x = self.gate_map("last.0", F.relu6(m.last[1](self.quantised("last.0", x))))
         return self.quantised("head.2", x.mean((2, 3)))
 
 

@@ -31,7 +31,7 @@ class Plain(nn.Module):
 
 
 class Residual(nn.Module):
-    """A block with identity and a block with projection shortcut; functional relu, `+` and torch.add."""
+    """A block with identity and one with projection shortcut; relu as function and as module, `+` and torch.add."""
 
     def __init__(self, width: int = 8, num_classes: int = 5):
         super().__init__()
@@ -39,6 +39,7 @@ class Residual(nn.Module):
         self.stem_bn = nn.BatchNorm2d(width)
         self.conv_a = nn.Conv2d(width, width, 3, padding=1, bias=False)
         self.bn_a = nn.BatchNorm2d(width)
+        self.relu_a = nn.ReLU(inplace=True)
         self.conv_b = nn.Conv2d(width, width, 3, padding=1, bias=False)
         self.bn_b = nn.BatchNorm2d(width)
         self.conv_c = nn.Conv2d(width, 2 * width, 3, stride=2, padding=1, bias=False)
@@ -52,7 +53,7 @@ class Residual(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = F.relu(self.stem_bn(self.stem(x)))
-        y = self.bn_b(self.conv_b(F.relu(self.bn_a(self.conv_a(x)))))
+        y = self.bn_b(self.conv_b(self.relu_a(self.bn_a(self.conv_a(x)))))
         x = F.relu(x + y)
         y = self.bn_d(self.conv_d(F.relu(self.bn_c(self.conv_c(x)))))
         x = F.relu(torch.add(y, self.short_bn(self.short(x))))

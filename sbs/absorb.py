@@ -1,0 +1,69 @@
+"""ReLUs that the quantiser behind them computes as well: a pass over the feature map less in each direction (ours).
+
+clip(relu(x) / v, 0, 1) is clip(x / v, 0, 1), and the backward pass of the quantiser can leave out the gradients that the
+ReLU would stop. In a super-network such a ReLU lets its input through, and the layer behind it knows of it.
+"""
+
+import math
+from collections import Counter
+
+from torch import fx, nn
+
+from sbs.graph import NORMS
+from sbs.layers import AbsorbedReLU
+from sbs.tracing import Tracer
+
+_LIMITS: dict[type[nn.Module], float] = {nn.ReLU: math.inf, nn.ReLU6: 6.0}
+# what these return is a tensor of its own: no other name leads to the memory that an in-place ReLU would change
+_FRESH = (nn.Conv2d, nn.Linear, nn.GroupNorm, *NORMS)
+
+
+def absorbable(model: nn.Module) -> dict[str, tuple[str, float]]:
+    """Layers of a float model by name, each with the ReLU in front of it that nothing else reads, and its limit.
+
+    The model is followed in evaluation and in training, as heads that only training calls may read more. ReLUs called
+    as functions, called twice, or with hooks are left alone.
+    """
+    modes = {m: m.training for m in model.modules()}
+    try:
+        evaluation, training = (_pairs(model.train(mode)) for mode in (False, True))
+    finally:
+        for m, mode in modes.items():
+            m.training = mode
+    return {layer: relu for layer, relu in evaluation.items() if training.get(layer) == relu}
+
+
+def _pairs(model: nn.Module) -> dict[str, tuple[str, float]]:
+    try:
+        graph = Tracer().trace(model)
+    except Exception:  # noqa: BLE001 - control flow that cannot be followed, in training alone: no ReLU is absorbed
+        return {}
+    calls = Counter(node.target for node in graph.nodes if node.op == "call_module")
+    found = {}
+    for node in graph.nodes:
+        relu = _module(model, node)
+        limit = _LIMITS.get(type(relu))
+        if relu is None or limit is None or calls[node.target] != 1 or relu._forward_hooks or relu._forward_pre_hooks:  # noqa: SLF001
+            continue
+        before, users = node.all_input_nodes[0], list(node.users)
+        layer = _module(model, users[0]) if len(users) == 1 else None
+        alone = len(before.users) == 1 or not relu.inplace
+        if alone and isinstance(layer, nn.Conv2d | nn.Linear) and isinstance(_module(model, before), _FRESH):
+            found[str(users[0].target)] = (str(node.target), limit)
+    return found
+
+
+def _module(model: nn.Module, node: fx.Node) -> nn.Module | None:
+    return model.get_submodule(str(node.target)) if node.op == "call_module" else None
+
+
+def absorb(net: nn.Module, relu: str) -> None:
+    """Let the ReLU of that name pass its input on; the layer behind it must compute it (`QuantSettings.relu`)."""
+    net.set_submodule(relu, AbsorbedReLU(net.get_submodule(relu)))
+
+
+def restore(net: nn.Module) -> None:
+    """Put back, in place, every ReLU that was absorbed."""
+    for name, m in list(net.named_modules()):
+        if isinstance(m, AbsorbedReLU):
+            net.set_submodule(name, m.original)

@@ -34,7 +34,8 @@ class _Compiled:
         self._made: dict[tuple[object, ...], Kernel] = {}
 
     def __call__(self, operand: Operand, form: Form, *args: Any) -> Any:
-        if not _Compiled.enabled or torch.compiler.is_compiling():
+        # a subclass (FakeTensor, say) may have no memory that a library could read
+        if not _Compiled.enabled or torch.compiler.is_compiling() or type(operand.x) is not Tensor:
             return self.eager(operand, form, *args)
         if len(form.grid) == 1:  # whose only entry is in levels as well
             form = form._replace(grid=_ONE_WIDTH)
@@ -64,17 +65,20 @@ class _Compiled:
         _Compiled.enabled = False
         if not _Compiled._warned:
             _Compiled._warned = True
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            first, *others = (str(error).strip() or type(error).__name__).splitlines()
+            # a compiler's errors start with its command, and end with what is the matter
+            reason = f"{first}: {others[-1]}" if others and "Cpp" in type(error).__name__ else first
             warnings.warn(f"SBS kernels run uncompiled, and slower: compiling them failed ({reason})", stacklevel=4)
         return self.eager
 
 
 def _kind(operand: Operand, form: Form, args: tuple[Any, ...]) -> tuple[object, ...]:
     """What a compiled kernel is made for: types, and which sizes are 1; all other sizes are free."""
-    x = operand.x
+    x, gate, shift, scale, levels = operand
     ones = tuple([size == 1 for size in x.shape])
     rest = [each.dtype if isinstance(each, Tensor) else each for each in args]
-    return (form, x.device.type, x.dtype, ones, operand.gate is None, operand.scale.dtype, *rest)
+    gate_type = None if gate is None else gate.dtype
+    return (form, x.device.type, x.dtype, ones, gate_type, shift.dtype, scale.dtype, levels.dtype, *rest)
 
 
 def use_compiled(enabled: bool) -> bool:

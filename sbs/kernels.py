@@ -27,7 +27,7 @@ class GateMode(enum.Enum):
 
 
 class Operand(NamedTuple):
-    """What a kernel reads: x, a view in memory order; gate, (1, channels, 1) or None; the rest 0-dim."""
+    """What a kernel reads: x, a view in memory order (contiguous); gate, (1, channels, 1) or None; the rest 0-dim."""
 
     x: Tensor
     gate: Tensor | None
@@ -89,7 +89,10 @@ def encode(operand: Operand, form: Form, dtype: torch.dtype) -> Tensor:
 
 
 def residual_sums(operand: Operand, form: Form) -> Tensor:
-    """Sum of 12 * n**2 * (z - D_n(z))**2 for every n but the last; over the count it is the gates' statistic (ours)."""
+    """Sum of 12 * n**2 * (z - D_n(z))**2 for every n but the last; over the count it is the gates' statistic (ours).
+
+    Compiled for the CPU it adds up in float32, lane by lane: over 25 million values it is off by 6e-4 of itself.
+    """
     _, z, _ = _normalize(_gated(operand, form), operand, form.signed)
     sums = []
     for n in form.grid[:-1]:

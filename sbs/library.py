@@ -8,10 +8,13 @@ checks its guards (50 us, where a small layer's arithmetic takes less). A librar
 import fcntl
 import functools
 import hashlib
-import inspect
 import os
 import platform
+import shutil
+import stat
+import sys
 import tempfile
+import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -28,6 +31,8 @@ from sbs.kernels import Form, Operand
 # Most of the time goes into the code around the kernel, which is called 5 us faster when optimised but takes a third
 # longer to compile.
 _OPTIONS: dict[str, Any] = {"aot_inductor.compile_wrapper_opt_level": "O0"}
+LOCK_LIMIT_S = 300.0
+"""How long to wait for another process that makes the same library: some times what it takes on a busy machine."""
 
 
 def kernel(
@@ -35,19 +40,18 @@ def kernel(
 ) -> Callable[..., Any]:
     """`function` of `sbs.kernels` for operands of this kind: types and sizes of 1 as here, all other sizes free.
 
-    Compiles a library unless there is one; other processes that want the same wait for it. Raises what a missing or
-    broken compiler raises.
+    Compiles a library unless there is a sound one; other processes that want the same wait for it. Raises what a
+    missing or broken compiler raises, OSError for a folder that is of no use, TimeoutError after LOCK_LIMIT_S.
     """
     statics = tuple(arg for arg in args if not isinstance(arg, Tensor))
     tensors = _tensors(operand, args)
     kinds = [(str(t.dtype), [1 if size == 1 else 0 for size in t.shape]) for t in tensors]
-    path = folder() / f"{function.__name__}-{_digest(form, statics, kinds, operand.gate is None)}.so"
-    if not path.exists():
+    options = _OPTIONS | dict(options)
+    path = folder() / f"{function.__name__}-{_digest(form, statics, kinds, operand.gate is None, options)}.so"
+    if not _is_sound(path):
         with _locked(path.with_suffix(".lock")):
-            if not path.exists():
-                _build(
-                    _Call(function, form, statics, operand.gate is not None), tensors, path, _OPTIONS | dict(options)
-                )
+            if not _is_sound(path):
+                _build(_Call(function, form, statics, operand.gate is not None), tensors, path, options)
     run = torch._C._aoti.AOTIModelContainerRunnerCpu(str(path), 1).run  # noqa: SLF001 - the public loader imports the compiler
     shaped = _SHAPES[function]
 
@@ -97,8 +101,10 @@ def _build(call: _Call, tensors: list[Tensor], path: Path, options: dict[str, An
         for index, t in enumerate(tensors)
     )
     like = tuple(_example(t) if index in sized else t for index, t in enumerate(tensors))
+    work = path.with_suffix(".build")
+    shutil.rmtree(work, ignore_errors=True)  # of a process that was killed over it
+    work.mkdir()
     with (
-        tempfile.TemporaryDirectory(dir=path.parent) as work,
         warnings.catch_warnings(),
         torch.no_grad(),
         torch.autocast("cpu", enabled=False),
@@ -106,8 +112,24 @@ def _build(call: _Call, tensors: list[Tensor], path: Path, options: dict[str, An
         warnings.simplefilter("ignore")  # of torch's own deprecated calls
         program = torch.export.export(call, like, dynamic_shapes=(shapes,))
         module = program.module(check_guards=False)
-        made = aot_compile(module, like, options=options | {"aot_inductor.output_path": f"{work}/kernel.so"})
-        Path(str(made)).replace(path)
+        made = Path(str(aot_compile(module, like, options=options | {"aot_inductor.output_path": f"{work}/kernel.so"})))
+    with made.open("rb+") as file:
+        digest = hashlib.sha256(file.read()).digest()
+        file.write(digest)
+        file.flush()
+        os.fsync(file.fileno())
+    made.replace(path)
+    shutil.rmtree(work, ignore_errors=True)
+
+
+def _is_sound(path: Path) -> bool:
+    """Whether the library is there and ends with its own digest: loading a damaged one would end the process."""
+    try:
+        content = path.read_bytes()
+    except FileNotFoundError:
+        return False
+    size = hashlib.sha256().digest_size
+    return hashlib.sha256(content[:-size]).digest() == content[-size:]
 
 
 def _example(tensor: Tensor) -> Tensor:
@@ -120,16 +142,16 @@ def folder() -> Path:
     base = os.environ.get("TORCHINDUCTOR_CACHE_DIR")
     path = Path(base, "sbs") if base else Path(tempfile.gettempdir(), f"sbs_kernels_{os.getuid()}")
     path.mkdir(mode=0o700, parents=True, exist_ok=True)
-    status = path.stat()
-    if status.st_uid != os.getuid() or status.st_mode & 0o022:
+    status = path.lstat()  # not of what a link points to, which the link's owner can change
+    if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.getuid() or status.st_mode & 0o022:
         raise SbsError(
-            f"{path} can be written by other users; remove it, or set TORCHINDUCTOR_CACHE_DIR to another folder"
+            f"{path} is not a folder that you alone can write; remove it, or set TORCHINDUCTOR_CACHE_DIR to another folder"
         )
     return path
 
 
 def _digest(*kind: object) -> str:
-    """What a library depends on beyond its kernel's name: kind of operand, code, torch, threads, and this CPU."""
+    """What a library depends on beyond its kernel's name: kind of operand, options, code, torch, threads, this CPU."""
     described = (*kind, torch.get_num_threads(), _machine())
     return hashlib.sha256(repr(described).encode()).hexdigest()[:24]
 
@@ -142,7 +164,8 @@ def _machine() -> tuple[str, ...]:
     cpu = sorted({line for line in lines if line.startswith(("model name", "flags", "Features", "CPU part"))})
     return (
         torch.__version__,
-        inspect.getsource(kernels),
+        *platform.libc_ver(),
+        *_SOURCES,
         platform.machine(),
         torch.backends.cpu.get_cpu_capability(),
         *cpu,
@@ -151,6 +174,22 @@ def _machine() -> tuple[str, ...]:
 
 @contextmanager
 def _locked(path: Path) -> Iterator[None]:
+    """Alone among all processes; a bounded wait, as a stopped process, or one forked meanwhile, can hold the lock."""
+    deadline = time.monotonic() + LOCK_LIMIT_S
     with path.open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
+        while True:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() >= deadline:
+                    raise TimeoutError(f"another process has held {path} for {LOCK_LIMIT_S:.0f} s") from None
+                time.sleep(0.05)
+        try:
+            yield
+        finally:
+            fcntl.flock(file, fcntl.LOCK_UN)  # closing alone would leave it to a process forked meanwhile
+
+
+# as they were imported: read later, an edited file would name a library of the old code after the new one
+_SOURCES = tuple(str(sys.modules[name].__loader__.get_source(name)) for name in (kernels.__name__, __name__))  # type: ignore[union-attr]

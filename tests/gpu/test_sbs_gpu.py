@@ -6,6 +6,7 @@ Every check takes its device and runs on the CPU, too, where it says little abou
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Iterator
 
 import pytest
@@ -216,6 +217,7 @@ def test_a_step_in_a_process_group_of_the_device_is_the_same_step(device, tmp_pa
 
 
 FORMS = [Form(signed, mode, (3, 15, 255)) for signed in (False, True) for mode in GateMode]
+FORMS += [Form(False, mode, (3, 15, 255), limit) for mode in GateMode for limit in (math.inf, 6.0)]
 
 
 def _operand(form: Form, device: str, dtype: torch.dtype) -> Operand:

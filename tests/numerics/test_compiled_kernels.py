@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import subprocess
 import sys
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
 
 import sbs
@@ -107,7 +109,7 @@ def test_a_library_serves_other_sizes_threads_and_processes(tmp_path, monkeypatc
     for shape in ((4, 6, 25), (9, 2, 2), (2, 64, 49)):
         compare(*shape)
     assert len(list(tmp_path.glob("sbs/*.so"))) == 1
-    assert not list(tmp_path.glob("sbs/tmp*"))
+    assert not list(tmp_path.glob("sbs/*.build"))
     threads = torch.get_num_threads()
     torch.set_num_threads(threads + 1)
     try:
@@ -117,11 +119,80 @@ def test_a_library_serves_other_sizes_threads_and_processes(tmp_path, monkeypatc
     assert len(list(tmp_path.glob("sbs/*.so"))) == 2
 
 
-def test_a_folder_that_others_can_write_is_refused(tmp_path, monkeypatch):
+FORM = kernels.Form(False, kernels.GateMode.NONE, (3, 15))
+
+
+def _operand(size: int = 100) -> kernels.Operand:
+    shift, scale, levels = torch.tensor([0.0, 1.7, 15.0]).unbind(0)
+    return kernels.Operand(torch.linspace(-1, 3, size), None, shift, scale, levels)
+
+
+def _compare_encode() -> None:
+    made = library.kernel(kernels.encode, _operand(), FORM, (torch.float32,), {})
+    want = kernels.encode(_operand(), FORM, torch.float32)
+    assert torch.equal(made(_operand(), FORM, torch.float32), want)
+
+
+def test_a_damaged_library_is_made_again(tmp_path, monkeypatch):
+    """Loading one would end the process. What a killed builder has left goes as well."""
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    _compare_encode()
+    (path,) = tmp_path.glob("sbs/*.so")
+    whole = path.read_bytes()
+    path.unlink()  # the process maps that file: one of the same name takes its place
+    path.write_bytes(whole[: len(whole) // 4])
+    path.with_suffix(".build").mkdir()
+    path.with_suffix(".build").joinpath("kernel.cpp").touch()
+    _compare_encode()
+    assert library._is_sound(path)
+    assert not path.with_suffix(".build").exists()
+    for damaged in (b"", whole[:100], whole[:-1], whole[:5000] + bytes(64) + whole[5064:]):
+        path.unlink()
+        path.write_bytes(damaged)
+        assert not library._is_sound(path)
+
+
+def test_a_lock_that_is_never_left_ends_in_eager_kernels(tmp_path, monkeypatch, libraries):
+    """As by a stopped process: one warning that says so, and right results."""
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(library, "LOCK_LIMIT_S", 0.1)
+    monkeypatch.setattr(compiled._Compiled, "_warned", False)
+    sbs.use_compiled(True)
+    flock = fcntl.flock
+
+    def held(file: object, how: int) -> None:
+        if how & fcntl.LOCK_EX:
+            raise BlockingIOError
+        flock(file, how)
+
+    monkeypatch.setattr(fcntl, "flock", held)
+    with pytest.warns(UserWarning, match=r"run uncompiled.*another process has held"):
+        codes = compiled.encode(_operand(), FORM, torch.float32)
+    assert torch.equal(codes, kernels.encode(_operand(), FORM, torch.float32))
+    assert not sbs.use_compiled(False)
+
+
+def test_every_type_is_a_kind_of_its_own_and_fake_tensors_have_no_memory():
+    gated = _operand()._replace(x=torch.zeros(2, 3, 4), gate=torch.ones(1, 3, 1))
+    operands = [gated, *(gated._replace(**{name: value.double()}) for name, value in gated._asdict().items())]
+    kinds = {compiled._kind(each, FORM, (t,)) for each in operands for t in (torch.float32, torch.bfloat16)}
+    assert len(kinds) == 12
+    sbs.use_compiled(True)
+    with FakeTensorMode() as mode:
+        fake = kernels.Operand(*[None if each is None else mode.from_tensor(each) for each in _operand()])
+        assert compiled.encode(fake, FORM, torch.float32).shape == (100,)
+
+
+def test_a_folder_that_others_can_write_or_change_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    (tmp_path / "own").mkdir(mode=0o700)
+    (tmp_path / "sbs").symlink_to(tmp_path / "own")
+    with pytest.raises(sbs.SbsError, match="not a folder that you alone can write"):
+        library.folder()
+    (tmp_path / "sbs").unlink()
     (tmp_path / "sbs").mkdir()
     (tmp_path / "sbs").chmod(0o777)
-    with pytest.raises(sbs.SbsError, match="can be written by other users"):
+    with pytest.raises(sbs.SbsError, match="not a folder that you alone can write"):
         library.folder()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -31,6 +32,7 @@ class Case:
     bias: bool
     channels_last: bool
     kept: bool
+    relu: float | None
     seed: int
 
 
@@ -48,6 +50,7 @@ def cases(draw: st.DrawFn) -> Case:
         bias=draw(st.booleans()),
         channels_last=draw(st.booleans()),
         kept=draw(st.booleans()),
+        relu=None if signed else draw(st.sampled_from([None, math.inf, 1.25])),
         seed=draw(st.integers(0, 2**31)),
     )
 
@@ -75,7 +78,7 @@ class Setting:
                 p.copy_(torch.randn(p.shape, generator=g, dtype=torch.float64) * 0.3 + 0.05)
         shape = (3, 8) if case.kind == "linear" else (2, 8, 5, 4)
         x = torch.randn(shape, generator=g, dtype=torch.float64)
-        self.x = (x if case.signed else x.relu()).to(dtype)
+        self.x = (x if case.signed or case.relu is not None else x.relu()).to(dtype)
         # clips of few digits and inputs on them: the interval is closed, in every type and without rounding
         self.activation_clip, self.weight_clip = uniform(4, 32).round() / 16, uniform(0.5, 3.0)
         self.x.view(-1)[:3] = torch.stack([self.activation_clip, -self.activation_clip * case.signed, torch.zeros(())])
@@ -101,6 +104,10 @@ class Setting:
         return value.detach().to(self.dtype).clone().requires_grad_()
 
 
+def _behind_relu(case: Case, x: Tensor) -> Tensor:
+    return x if case.relu is None else x.clamp(0.0, case.relu)
+
+
 def _of_the_chain(case: Case, s: Setting) -> tuple[Tensor, dict[str, Tensor], Tensor]:
     leaves = {
         "input": s.leaf(s.x),
@@ -111,6 +118,8 @@ def _of_the_chain(case: Case, s: Setting) -> tuple[Tensor, dict[str, Tensor], Te
         "weight_thresholds": s.leaf(s.thresholds["weight"]),
     }
     x, opened = leaves["input"], None
+    if case.relu is not None:
+        x = F.relu(x) if math.isinf(case.relu) else F.hardtanh(x, 0.0, case.relu)
     if case.gate_mode is not GateMode.NONE:
         leaves["channel_thresholds"] = s.leaf(s.channel_threshold)
         opened = s.channel_statistic >= s.channel_threshold
@@ -145,13 +154,14 @@ def _of_the_chain(case: Case, s: Setting) -> tuple[Tensor, dict[str, Tensor], Te
         y = F.conv2d(a, w, bias, s.layer.stride, s.layer.padding, s.layer.dilation, s.layer.groups)
     if opened is not None and not opened.any():
         assume(False)
-    z = oracle.normalise(s.x, s.activation_clip.to(s.dtype), case.signed)
+    z = oracle.normalise(_behind_relu(case, s.x), s.activation_clip.to(s.dtype), case.signed)
     return y, leaves, oracle.residual_statistics(z, case.activation_bits, opened)
 
 
 def _of_the_product(case: Case, s: Setting) -> tuple[Tensor, dict[str, Tensor], Tensor]:
     layer = from_float(
-        s.layer, QuantSettings(case.weight_bits, case.activation_bits, case.signed, gate_mode=case.gate_mode)
+        s.layer,
+        QuantSettings(case.weight_bits, case.activation_bits, case.signed, gate_mode=case.gate_mode, relu=case.relu),
     )
     layer.set_clip("activation", s.activation_clip)
     layer.set_clip("weight", s.weight_clip)
@@ -194,7 +204,7 @@ def _compare(case: Case, dtype: torch.dtype, tolerance: float) -> None:
     if dtype != torch.float64:  # the same numbers in both types, away from ties, so that both round alike
         reference.x = setting.x.double()
         reference.activation_clip = setting.activation_clip = setting.activation_clip.to(dtype).double()
-        z = oracle.normalise(reference.x, reference.activation_clip, case.signed).numpy()
+        z = oracle.normalise(_behind_relu(case, reference.x), reference.activation_clip, case.signed).numpy()
         w, _ = oracle.standardise(reference.layer.weight.detach(), reference.kept_out, reference.kept_in)
         zw = oracle.normalise(w, reference.weight_clip, True).numpy()
         near = oracle.distance_to_tie(z, case.activation_bits).min(), oracle.distance_to_tie(zw, case.weight_bits).min()

@@ -1,7 +1,7 @@
 """ReLUs that the quantiser behind them computes as well: a pass over the feature map less in each direction (ours).
 
-clip(relu(x) / v, 0, 1) is clip(x / v, 0, 1), and the backward pass of the quantiser can leave out the gradients that the
-ReLU would stop. In a super-network such a ReLU lets its input through, and the layer behind it knows of it.
+clip(relu(x) / v, 0, 1) is clip(x / v, 0, 1), and the backward pass of the quantiser can leave out the gradients that
+the ReLU would stop. In a super-network such a ReLU lets its input through, and the layer behind it knows of it.
 """
 
 import math
@@ -42,15 +42,19 @@ def _pairs(model: nn.Module) -> dict[str, tuple[str, float]]:
     found = {}
     for node in graph.nodes:
         relu = _module(model, node)
-        limit = _LIMITS.get(type(relu))
-        if relu is None or limit is None or calls[node.target] != 1 or relu._forward_hooks or relu._forward_pre_hooks:  # noqa: SLF001
+        if relu is None or type(relu) not in _LIMITS or calls[node.target] != 1 or _is_hooked(relu):
             continue
-        before, users = node.all_input_nodes[0], list(node.users)
-        layer = _module(model, users[0]) if len(users) == 1 else None
-        alone = len(before.users) == 1 or not relu.inplace
-        if alone and isinstance(layer, nn.Conv2d | nn.Linear) and isinstance(_module(model, before), _FRESH):
-            found[str(users[0].target)] = (str(node.target), limit)
+        before, readers = node.all_input_nodes[0], list(node.users)
+        layer = _module(model, readers[0]) if len(readers) == 1 else None
+        in_place_of_more = relu.inplace and len(before.users) > 1
+        fresh = isinstance(_module(model, before), _FRESH)
+        if isinstance(layer, nn.Conv2d | nn.Linear) and fresh and not in_place_of_more:
+            found[str(readers[0].target)] = (str(node.target), _LIMITS[type(relu)])
     return found
+
+
+def _is_hooked(m: nn.Module) -> bool:
+    return bool(m._forward_hooks or m._forward_pre_hooks)  # noqa: SLF001 - torch has no other way to ask
 
 
 def _module(model: nn.Module, node: fx.Node) -> nn.Module | None:

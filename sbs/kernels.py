@@ -115,7 +115,8 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """Closed-form gradients (dx, dscale, dbit_gates, dgate) of a loss with g = dL/dvalue = grad * grad_scale.
 
-    dx = g * 1[inside] (behind a ReLU of the form also * 1[0 < x < limit]); dscale = <g, v_q - v * 1[inside]>, v the normalised value, v_q its quantised one;
+    dx = g * 1[inside], with a ReLU also * 1[0 < x < limit];
+    dscale = <g, v_q - v * 1[inside]>, v the normalised value, v_q its quantised one;
     dbit_gates[j] = (dvalue/dz) * (product of lower gates) * <g, offset_j + gate_{j+1} * (offset_{j+1} + ...)>,
     where offset_j = D_{grid[j+1]}(z) - D_{grid[j]}(z). dgate, per channel, uses the value before the gate.
     """

@@ -145,7 +145,8 @@ def folder() -> Path:
     status = path.lstat()  # not of what a link points to, which the link's owner can change
     if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.getuid() or status.st_mode & 0o022:
         raise SbsError(
-            f"{path} is not a folder that you alone can write; remove it, or set TORCHINDUCTOR_CACHE_DIR to another folder"
+            f"{path} is not a folder that you alone can write; remove it, or set TORCHINDUCTOR_CACHE_DIR to another "
+            "folder"
         )
     return path
 

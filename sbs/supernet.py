@@ -34,29 +34,11 @@ class SuperNet(nn.Module):
         super().__init__()
         self.space, self.graph = space, graph
         self.model = copy.deepcopy(model)
-        layers, searched, relus = [], [], absorbable(model)
-        for info in graph.layers:
-            edge = (space.first_last_bits,)
-            mode = gate_mode(graph, info.name)
-            activation_bits = edge if info.edge else space.activation_bits
-            relu, limit = relus.get(info.name, (None, None))
-            if relu is not None and activation_bits != (FULL_PRECISION_BITS,):
-                absorb(self.model, relu)
-            else:
-                limit = None
-            settings = QuantSettings(
-                edge if info.edge else space.weight_bits, activation_bits, info.signed, info.image, mode, limit
-            )
-            layer = from_float(self.model.get_submodule(info.name), settings)
-            self.model.set_submodule(info.name, layer)
-            layers.append((info.name, layer))
-            if not info.edge:
-                searched.append(info.name)
-        self.searched = tuple(searched)
         # in a tuple, as walking the modules several times a step takes longer than a small layer
-        self._layers: tuple[tuple[str, QuantConv2d | QuantLinear], ...] = tuple(layers)
+        self._layers = tuple(self._quantize(absorbable(model)))
+        self.searched = tuple(info.name for info in graph.layers if not info.edge)
         device = next(model.parameters()).device
-        rows = len(searched)
+        rows = len(self.searched)
         self.weight_gates = GateBank(rows, len(space.weight_bits) - 1, maximum=MAX_BIT_STATISTIC).to(device)
         self.activation_gates = GateBank(rows, len(space.activation_bits) - 1, maximum=MAX_BIT_STATISTIC).to(device)
         self.group_slices = _slices(graph, space) if space.prune else ()
@@ -64,7 +46,7 @@ class SuperNet(nn.Module):
         self.channel_gates = GateBank(total, maximum=math.inf).to(device)
         self._index_channels(device)
         self.macs = MacTable(graph, self._group_sizes, self.group_slices).to(device)
-        self._rows = {name: i for i, name in enumerate(searched)}
+        self._rows = {name: i for i, name in enumerate(self.searched)}
         self._kept_for: tuple[torch.device, Tensor] | None = None
         self._kept_version: tuple[int, int] | None = None
         self._left_moments: _LeftMoments | None = None
@@ -73,6 +55,24 @@ class SuperNet(nn.Module):
             steps = torch.tensor([float(levels(b)) for b in bits], device=device)
             self.register_buffer(f"_{side}_steps", steps, persistent=False)
         self.register_load_state_dict_post_hook(_refresh_after_load)
+
+    def _quantize(self, relus: dict[str, tuple[str, float]]) -> Iterator[tuple[str, QuantConv2d | QuantLinear]]:
+        """Replace every layer by its quantised one; relus: those that layers can compute, and their limits."""
+        edge = (self.space.first_last_bits,)
+        for info in self.graph.layers:
+            weight_bits, activation_bits = self.space.weight_bits, self.space.activation_bits
+            if info.edge:
+                weight_bits = activation_bits = edge
+            relu, limit = relus.get(info.name, (None, None))
+            if relu is not None and activation_bits == (FULL_PRECISION_BITS,):
+                relu, limit = None, None
+            if relu is not None:
+                absorb(self.model, relu)
+            mode = gate_mode(self.graph, info.name)
+            settings = QuantSettings(weight_bits, activation_bits, info.signed, info.image, mode, limit)
+            layer = from_float(self.model.get_submodule(info.name), settings)
+            self.model.set_submodule(info.name, layer)
+            yield info.name, layer
 
     def get_extra_state(self) -> Tensor:
         """The search space in figures, part of the state dict: gates of another space would fit in shape alone."""

@@ -35,7 +35,7 @@ def full_precision(recipe: Recipe, weights: State | None = None) -> nn.Module:
 
 def supernet(recipe: Recipe, model: nn.Module, stage: str = "search", weights: State | None = None) -> sbs.SuperNet:
     """The super-network of `model` over the recipe's search space."""
-    net = sbs.prepare(model, search_space(recipe, stage), example_input(recipe))
+    net = sbs.prepare(model, search_space(recipe, stage), example_input(recipe), absorb_relus=True)
     if weights is not None:
         _load(net, weights, f"the super-network of {recipe.model.name!r}")
     return net

@@ -1,35 +1,32 @@
 """ReLUs that the quantiser behind them computes as well: a pass over the feature map less in each direction (ours).
 
-clip(relu(x) / v, 0, 1) is clip(x / v, 0, 1), and the backward pass of the quantiser can leave out the gradients that
-the ReLU would stop. In a super-network such a ReLU lets its input through, and the layer behind it knows of it.
+The quantiser clips anyway: it can clip at the ReLU's limits first, and leave out of its gradient what the ReLU would.
+In a super-network such a ReLU lets its input through, and the layer behind it knows of it.
 """
 
+import copy
 import math
 from collections import Counter
 
 from torch import fx, nn
 
 from sbs.graph import NORMS
-from sbs.layers import AbsorbedReLU
+from sbs.layers import AbsorbedReLU, is_hooked
 from sbs.tracing import Tracer
 
 _LIMITS: dict[type[nn.Module], float] = {nn.ReLU: math.inf, nn.ReLU6: 6.0}
-# what these return is a tensor of its own: no other name leads to the memory that an in-place ReLU would change
+# what these return is a tensor of its own: no other name leads to its memory
 _FRESH = (nn.Conv2d, nn.Linear, nn.GroupNorm, *NORMS)
 
 
 def absorbable(model: nn.Module) -> dict[str, tuple[str, float]]:
     """Layers of a float model by name, each with the ReLU in front of it that nothing else reads, and its limit.
 
-    The model is followed in evaluation and in training, as heads that only training calls may read more. ReLUs called
-    as functions, called twice, or with hooks are left alone.
+    A copy of the model is followed in evaluation and in training, as heads that only training calls may read more.
+    ReLUs called as functions, called twice, or with hooks are left alone. What torch.fx does not see cannot be heeded:
+    a feature map that forward() keeps in an attribute, a hook on the block around the ReLU.
     """
-    modes = {m: m.training for m in model.modules()}
-    try:
-        evaluation, training = (_pairs(model.train(mode)) for mode in (False, True))
-    finally:
-        for m, mode in modes.items():
-            m.training = mode
+    evaluation, training = (_pairs(copy.deepcopy(model).train(mode)) for mode in (False, True))
     return {layer: relu for layer, relu in evaluation.items() if training.get(layer) == relu}
 
 
@@ -42,19 +39,15 @@ def _pairs(model: nn.Module) -> dict[str, tuple[str, float]]:
     found = {}
     for node in graph.nodes:
         relu = _module(model, node)
-        if relu is None or type(relu) not in _LIMITS or calls[node.target] != 1 or _is_hooked(relu):
+        if relu is None or type(relu) not in _LIMITS or calls[node.target] != 1 or is_hooked(relu):
             continue
         before, readers = node.all_input_nodes[0], list(node.users)
         layer = _module(model, readers[0]) if len(readers) == 1 else None
-        in_place_of_more = relu.inplace and len(before.users) > 1
-        fresh = isinstance(_module(model, before), _FRESH)
-        if isinstance(layer, nn.Conv2d | nn.Linear) and fresh and not in_place_of_more:
+        # read by others, what is before the ReLU could change in place before the layer reads it
+        fresh = isinstance(_module(model, before), _FRESH) and len(before.users) == 1
+        if isinstance(layer, nn.Conv2d | nn.Linear) and fresh:
             found[str(readers[0].target)] = (str(node.target), _LIMITS[type(relu)])
     return found
-
-
-def _is_hooked(m: nn.Module) -> bool:
-    return bool(m._forward_hooks or m._forward_pre_hooks)  # noqa: SLF001 - torch has no other way to ask
 
 
 def _module(model: nn.Module, node: fx.Node) -> nn.Module | None:

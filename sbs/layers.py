@@ -244,6 +244,12 @@ class QuantLinear(nn.Linear, QuantizedLayer):
         return self.apply_quantized(x, LINEAR)
 
 
+def is_hooked(m: nn.Module) -> bool:
+    """Whether somebody looks at what goes through the module."""
+    hooks = (m._forward_hooks, m._forward_pre_hooks, m._backward_hooks, m._backward_pre_hooks)  # noqa: SLF001
+    return any(hooks)
+
+
 class AbsorbedReLU(nn.ReLU):
     """Stands for a ReLU that the layer behind it computes: passes its input on, and remembers the original."""
 
@@ -252,8 +258,8 @@ class AbsorbedReLU(nn.ReLU):
         self.original = original
 
     def forward(self, x: Tensor) -> Tensor:
-        """`x` itself."""
-        return x
+        """`x` itself, or, where hooks have come to be, behind the ReLU: computing it twice changes nothing."""
+        return self.original(x) if is_hooked(self) else x
 
 
 def from_float(m: nn.Module, settings: QuantSettings) -> QuantConv2d | QuantLinear:

@@ -91,8 +91,6 @@ class _Call(nn.Module):
 
 
 def _build(call: _Call, tensors: list[Tensor], path: Path, options: dict[str, Any]) -> None:
-    from torch._inductor import aot_compile
-
     # x, the gate and the gradient share their sizes, of which those that are 1 stay so; all else is as large as here
     sized = {0, 1 if call.gated else 0, 5 if call.gated else 4}
     names = [torch.export.Dim(f"size{axis}", min=2) for axis in range(tensors[0].dim())]
@@ -104,6 +102,18 @@ def _build(call: _Call, tensors: list[Tensor], path: Path, options: dict[str, An
     work = path.with_suffix(".build")
     shutil.rmtree(work, ignore_errors=True)  # of a process that was killed over it
     work.mkdir()
+    try:
+        _compile(call, like, shapes, work, options).replace(path)
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+
+
+def _compile(
+    call: _Call, like: tuple[Tensor, ...], shapes: tuple[Any, ...], work: Path, options: dict[str, Any]
+) -> Path:
+    """The library, its digest at its end, safely on the disk."""
+    from torch._inductor import aot_compile
+
     with (
         warnings.catch_warnings(),
         torch.no_grad(),
@@ -118,8 +128,7 @@ def _build(call: _Call, tensors: list[Tensor], path: Path, options: dict[str, An
         file.write(digest)
         file.flush()
         os.fsync(file.fileno())
-    made.replace(path)
-    shutil.rmtree(work, ignore_errors=True)
+    return made
 
 
 def _is_sound(path: Path) -> bool:

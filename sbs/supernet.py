@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from sbs.absorb import absorb, absorbable
+from sbs.absorb import absorb, absorbable, restore
 from sbs.errors import SbsError
 from sbs.gates import HYSTERESIS, MOMENTUM, GateBank, decide, selected
 from sbs.graph import NetworkGraph, analyze
@@ -30,12 +30,14 @@ class SuperNet(nn.Module):
     in one vector. Layers that are not searched (first and last) have one bit-width and no gates.
     """
 
-    def __init__(self, model: nn.Module, space: SearchSpace, graph: NetworkGraph) -> None:
+    def __init__(
+        self, model: nn.Module, space: SearchSpace, graph: NetworkGraph, *, absorb_relus: bool = False
+    ) -> None:
         super().__init__()
         self.space, self.graph = space, graph
         self.model = copy.deepcopy(model)
-        # in a tuple, as walking the modules several times a step takes longer than a small layer
-        self._layers = tuple(self._quantize(absorbable(model)))
+        restore(self.model)
+        self._quantize(absorbable(self.model) if absorb_relus else {})
         self.searched = tuple(info.name for info in graph.layers if not info.edge)
         device = next(model.parameters()).device
         rows = len(self.searched)
@@ -56,7 +58,7 @@ class SuperNet(nn.Module):
             self.register_buffer(f"_{side}_steps", steps, persistent=False)
         self.register_load_state_dict_post_hook(_refresh_after_load)
 
-    def _quantize(self, relus: dict[str, tuple[str, float]]) -> Iterator[tuple[str, QuantConv2d | QuantLinear]]:
+    def _quantize(self, relus: dict[str, tuple[str, float]]) -> None:
         """Replace every layer by its quantised one; relus: those that layers can compute, and their limits."""
         edge = (self.space.first_last_bits,)
         for info in self.graph.layers:
@@ -70,9 +72,7 @@ class SuperNet(nn.Module):
                 absorb(self.model, relu)
             mode = gate_mode(self.graph, info.name)
             settings = QuantSettings(weight_bits, activation_bits, info.signed, info.image, mode, limit)
-            layer = from_float(self.model.get_submodule(info.name), settings)
-            self.model.set_submodule(info.name, layer)
-            yield info.name, layer
+            self.model.set_submodule(info.name, from_float(self.model.get_submodule(info.name), settings))
 
     def get_extra_state(self) -> Tensor:
         """The search space in figures, part of the state dict: gates of another space would fit in shape alone."""
@@ -108,7 +108,10 @@ class SuperNet(nn.Module):
 
     def layers(self) -> Iterator[tuple[str, QuantConv2d | QuantLinear]]:
         """Name and module of every quantised layer, in order of execution."""
-        return iter(self._layers)
+        for info in self.graph.layers:
+            layer = self.model.get_submodule(info.name)
+            assert isinstance(layer, QuantConv2d | QuantLinear)
+            yield info.name, layer
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, C, H, W) -> logits, with the gates as they were decided after the last step."""
@@ -184,7 +187,7 @@ class SuperNet(nn.Module):
 
         One all-reduce of a few numbers per gate where torch.distributed is initialised.
         """
-        clamp_clips([layer for _, layer in self._layers])
+        clamp_clips([layer for _, layer in self.layers()])
         for bank in (self.weight_gates, self.activation_gates, self.channel_gates):
             bank.clamp()
         self._update_statistics(MOMENTUM)
@@ -207,7 +210,7 @@ class SuperNet(nn.Module):
         self._update_activation_statistics(collected, momentum)
 
     def _searched_layers(self) -> list[QuantizedLayer]:
-        return [layer for name, layer in self._layers if name in self._rows]
+        return [layer for name, layer in self.layers() if name in self._rows]
 
     def _collected(self) -> Tensor:
         """Residual sums and counts of this rank's batches, (searched layers, bit-widths), float64; then forgotten."""
@@ -327,13 +330,16 @@ def _refresh_after_load(net: SuperNet, _: object) -> None:
     net.refresh_kept()
 
 
-def prepare(model: nn.Module, space: SearchSpace, example_input: Tensor) -> SuperNet:
+def prepare(model: nn.Module, space: SearchSpace, example_input: Tensor, *, absorb_relus: bool = False) -> SuperNet:
     """Build the super-network of `model` (whose weights are copied, never changed).
 
     example_input: (N, C, H, W), only its shape matters. Call `calibrate` before the first step.
+    absorb_relus: have quantisers compute the ReLUs in front of them, which is faster and computes the same; not for
+    networks that show feature maps to others than their layers (kept in attributes, hooks on blocks): those may then
+    be from before the ReLU.
     Raises SbsError naming the module that cannot be handled, and why.
     """
-    return SuperNet(model, space, analyze(model, example_input))
+    return SuperNet(model, space, analyze(model, example_input), absorb_relus=absorb_relus)
 
 
 def gate_mode(graph: NetworkGraph, name: str) -> GateMode:

@@ -84,8 +84,9 @@ class Maker:
     def work(self, runs: Sequence[RunDir]) -> None:
         """Look how far the child is, and give it the first of `runs` whose model is due once it has time."""
         with self._lock:
-            if self._child is not None and not self._child.has_time():
-                self._child = None
+            child, self._child = self._child, None
+            if child is not None and child.lives():
+                self._child = child
             due = next((run for run in runs if state(run) == "due"), None)
             if self._closed or due is None or (self._child is not None and self._child.order is not None):
                 return
@@ -95,10 +96,12 @@ class Maker:
 
     def finish(self, runs: Sequence[RunDir]) -> None:
         """Make all models that are due, and wait for them."""
-        while any(state(run) == "due" for run in runs):
-            self.work(runs)
-            time.sleep(0.05)
-        self.close()
+        try:
+            while any(state(run) == "due" for run in runs):
+                self.work(runs)
+                time.sleep(0.05)
+        finally:
+            self.close()
 
     def close(self) -> None:
         """End the child, at work or not, and start no other; what it has not made stays due."""
@@ -136,17 +139,19 @@ class _Child:
         except BrokenPipeError:  # it has just left for want of work
             self.order = None
 
-    def has_time(self) -> bool:
-        """Whether the process lives; it is ended if it has taken too long, and an order that ended it is given up."""
+    def lives(self) -> bool:
+        """Whether it can go on; it is ended if it has taken too long, and an order that has ended it is given up."""
         status = self._process.poll()
         if self.order is not None and state(self.order) != "due":
             self.order = None
         late = self.order is not None and time.monotonic() - self._began_s >= LIMIT_S
         if status is None and not late:
             return True
-        if self.order is not None and status not in _ASKED_TO_LEAVE:
-            write_text(_error_path(self.order), f"{self._reason(status)[:2000]}\n")
-        self.end()
+        try:
+            if self.order is not None and status not in _ASKED_TO_LEAVE:
+                write_text(_error_path(self.order), f"{self._reason(status)[:2000]}\n")
+        finally:
+            self.end()
         return False
 
     def end(self) -> None:
@@ -188,11 +193,14 @@ def main() -> None:
     for run in _orders():
         if state(run) == "due":
             _limit_cpu()
+            signal.alarm(int(LIMIT_S) + 60)  # for a driver that is no more
             try:
                 make(run)
-            except Exception as error:  # noqa: BLE001 - whatever it is, it must not keep the others waiting
+            except (Exception, SystemExit) as error:  # noqa: BLE001 - it must not keep the others waiting
                 reason = (str(error).strip() or repr(error)).splitlines()[-1]
                 write_text(_error_path(run), f"{type(error).__name__}: {reason}"[:2000] + "\n")
+                shutil.rmtree(_unfinished(run, os.getpid()), ignore_errors=True)
+            signal.alarm(0)
 
 
 def _limit_cpu() -> None:

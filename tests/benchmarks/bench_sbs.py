@@ -97,7 +97,7 @@ def variants(case: Case, device: str = "cpu", *, autocast: bool = False) -> dict
     x = torch.randn(case.batch, 3, case.size, case.size, device=device).to(memory_format=torch.channels_last)
     y = torch.randint(0, 100, (case.batch,), device=device)
     policy = sbs.Policy.uniform(model, x, 4, 4)
-    search = sbs.prepare(model, sbs.SearchSpace(), x)
+    search = sbs.prepare(model, sbs.SearchSpace(), x, absorb_relus=True)
     sbs.calibrate(search, [x])
     state = model.state_dict()
     chain = sbs.models.build(case.model, 100).to(device, memory_format=torch.channels_last)

@@ -10,11 +10,19 @@ from tests.numerics import networks
 
 
 def searched(
-    model: nn.Module, size: int, *, seed: int, dtype: torch.dtype = torch.float32, batch: int = 4, **space: object
+    model: nn.Module,
+    size: int,
+    *,
+    seed: int,
+    dtype: torch.dtype = torch.float32,
+    batch: int = 4,
+    absorb_relus: bool = False,
+    **space: object,
 ) -> nn.Module:
     """A calibrated super-network whose gates are partly closed, as if a search had moved its thresholds."""
     model = networks.randomise(model, seed)
-    net = sbs.prepare(model, sbs.SearchSpace(**space), torch.zeros(1, 3, size, size)).to(dtype)
+    example = torch.zeros(1, 3, size, size)
+    net = sbs.prepare(model, sbs.SearchSpace(**space), example, absorb_relus=absorb_relus).to(dtype)
     sbs.calibrate(net, [networks.images(batch, size, seed + i, dtype) for i in range(2)])
     scatter_thresholds(net, seed)
     return net

@@ -51,9 +51,8 @@ def libraries(monkeypatch) -> list[str]:
 @pytest.mark.timeout(400)
 def test_compiled_kernels_equal_eager_ones(libraries):
     """Signed and unsigned inputs, all gate modes, channels_last, float32 and bfloat16 autocast."""
-    net = (
-        states.searched(networks.Inverted(), SIZE, seed=21, group_size=2).train().to(memory_format=torch.channels_last)
-    )
+    net = states.searched(networks.Inverted(), SIZE, seed=21, group_size=2, absorb_relus=True)
+    net = net.train().to(memory_format=torch.channels_last)
     x = networks.images(6, SIZE, 4).contiguous(memory_format=torch.channels_last)
     loss, gradients = _step(net, x)
     loss_bf16, gradients_bf16 = _step(net, x, autocast=True)
@@ -76,7 +75,8 @@ def test_compiled_kernels_equal_eager_ones(libraries):
 def test_graphs_are_made_per_kind_of_tensor_and_not_per_shape(libraries):
     """22 layers x 2 operands x 2 passes of ResNet-20 share a handful; other depths, batches and sizes add none."""
     nets = {
-        name: sbs.prepare(sbs.models.build(name, 5), sbs.SearchSpace(), torch.zeros(1, 3, 16, 16)) for name in DEPTHS
+        name: sbs.prepare(sbs.models.build(name, 5), sbs.SearchSpace(), torch.zeros(1, 3, 16, 16), absorb_relus=True)
+        for name in DEPTHS
     }
     sbs.use_compiled(True)
     counts = []

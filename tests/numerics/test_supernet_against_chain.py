@@ -29,7 +29,7 @@ def _pair(kind: str, seed: int, **space):
     torch.manual_seed(seed)
     model = networks.USER_NETWORKS[kind]()
     space = {"group_size": 2, "max_prune_share": 0.9} | space
-    net = states.searched(model, SIZE, seed=seed, dtype=torch.float64, **space)
+    net = states.searched(model, SIZE, seed=seed, dtype=torch.float64, absorb_relus=True, **space)
     net.train()
     return net, CHAINS[kind](net, _macs(networks.USER_NETWORKS[kind]()))
 

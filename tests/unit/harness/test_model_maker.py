@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import signal
 import sys
@@ -32,11 +33,20 @@ def make(run):
         os.kill(os.getpid(), signal.SIGSEGV)
     if what == "raise":
         raise ValueError("no such layer")
+    if what == "leave":
+        (run.path / "what").write_text("good")
+        unfinished.joinpath("MLmodel").unlink()
+        unfinished.rmdir()
+        os._exit(0)
+    if what == "exit":
+        sys.exit(0)
+    while what == "burn":
+        pass
     print("a warning of no weight", file=sys.stderr, flush=True)
     time.sleep({"slow": 0.6, "hang": 60.0}.get(what, 0.0))
     unfinished.replace(run.path / "model")
 
-model.make = make
+model.make, model.CPU_LIMIT_S = make, 1
 model.main()
 """
 
@@ -71,15 +81,20 @@ def _leftovers(runs: list[RunDir]) -> list[Path]:
 
 
 def test_those_that_fail_are_told_apart_and_the_others_made(tmp_path: Path):
-    runs = _runs(tmp_path, "good", "crash", "good", "raise", "good")
+    failed = {
+        "crash": "the process that makes it was ended by SIGSEGV",
+        "raise": "ValueError: no such layer",
+        "exit": "SystemExit: 0",
+        "burn": "it took more than 600 s of CPU",
+    }
+    runs = _runs(tmp_path, "good", "leave", *itertools.chain.from_iterable((each, "good") for each in failed))
     model.Maker().finish(runs)
-    assert [model.state(run) for run in runs] == ["ready", "failed", "ready", "failed", "ready"]
-    assert model.failure(runs[1]) == "the process that makes it was ended by SIGSEGV"
-    assert model.failure(runs[3]) == "ValueError: no such layer"
-    assert _leftovers([runs[1]]) == []
+    assert [model.state(run) for run in runs] == ["ready", "ready", *["failed", "ready"] * 4]
+    assert [model.failure(run) for run in runs[2::2]] == list(failed.values())
+    assert _leftovers(runs) == []
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_child_that_is_asked_to_leave_has_failed_nothing(tmp_path: Path, number: signal.Signals):
     runs = _runs(tmp_path, "hang", "good")
     maker = model.Maker()
@@ -116,3 +131,17 @@ def test_a_closed_maker_leaves_no_process_and_starts_none(tmp_path: Path):
     assert maker._child is None
     assert [model.state(run) for run in runs] == ["due", "due"]
     assert _leftovers(runs) == []
+
+
+def test_a_wait_that_is_broken_off_leaves_no_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    runs = _runs(tmp_path, "hang")
+
+    def interrupted(_: float) -> None:
+        if _leftovers(runs):
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(time, "sleep", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        model.Maker().finish(runs)
+    assert _leftovers(runs) == []
+    assert model.state(runs[0]) == "due"

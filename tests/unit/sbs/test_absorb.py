@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import sbs
-from sbs import supernet
 from sbs.absorb import absorbable
 from sbs.layers import AbsorbedReLU
 from tests.numerics import networks, states
@@ -46,10 +45,12 @@ class Branch(Body):
 
 
 class Before(Body):
-    """What is before the ReLU is read as well: where that works in place, it is read behind it."""
+    """What is before the ReLU is changed in place before the layer behind it runs."""
 
     def middle(self, x: Tensor) -> Tensor:
-        return self.b(self.relu(x)) + self.c(x)
+        y = self.relu(x)
+        x += 1
+        return self.b(y) + self.c(x)
 
 
 class Head(Body):
@@ -75,20 +76,40 @@ class Own(nn.ReLU):
         return x.clamp_min(0) + 0.1
 
 
-def _hooked() -> nn.Module:
+class Counting(Body):
+    """Leaves traces of being run, in training above all."""
+
+    def __init__(self) -> None:
+        super().__init__(nn.ReLU())
+        self.calls, self.seen = 0, None
+
+    def middle(self, x: Tensor) -> Tensor:
+        self.calls += self.training
+        self.seen = x
+        return super().middle(x)
+
+
+def _hooked(register: str) -> nn.Module:
     relu = nn.ReLU()
-    relu.register_forward_hook(lambda *_: None)
+    getattr(relu, register)(lambda *_: None)
     return relu
+
+
+HOOKS = (
+    "register_forward_hook", "register_forward_pre_hook", "register_full_backward_hook",
+    "register_full_backward_pre_hook",
+)  # fmt: skip
 
 
 LEFT = {
     "called twice": Twice(nn.ReLU()),
     "two readers": Branch(nn.ReLU()),
     "in place of what is read": Before(nn.ReLU(inplace=True)),
+    "of what changes in place": Before(nn.ReLU()),
     "training reads it": Head(nn.ReLU()),
     "behind a sum": Sum(nn.ReLU(inplace=True)),
     "a function": Function(nn.ReLU()),
-    "hooked": Body(_hooked()),
+    **{register: Body(_hooked(register)) for register in HOOKS},
     "of another class": Body(nn.LeakyReLU()),
     "of its own": Body(Own()),
 }
@@ -99,10 +120,7 @@ def test_a_relu_that_something_else_depends_on_stays(kind):
     assert absorbable(LEFT[kind]) == {}
 
 
-@pytest.mark.parametrize(
-    ("model", "limit"),
-    [(Body(nn.ReLU()), math.inf), (Body(nn.ReLU6(inplace=True)), 6.0), (Before(nn.ReLU()), math.inf)],
-)
+@pytest.mark.parametrize(("model", "limit"), [(Body(nn.ReLU()), math.inf), (Body(nn.ReLU6(inplace=True)), 6.0)])
 def test_a_relu_that_one_layer_alone_reads_is_absorbed(model, limit):
     model.norm.eval()
     assert absorbable(model) == {"b": ("relu", limit)}
@@ -116,14 +134,14 @@ def test_relus_of_the_zoo(name, count):
     """One in a basic block, two in a bottleneck; all of MobileNetV2 but the one before the pooling."""
     model = sbs.models.build(name, 10)
     assert len(absorbable(model)) == count
-    net = sbs.prepare(model, sbs.SearchSpace(), torch.zeros(1, 3, 32, 32))
+    net = sbs.prepare(model, sbs.SearchSpace(), torch.zeros(1, 3, 32, 32), absorb_relus=True)
     assert sum(isinstance(m, AbsorbedReLU) for m in net.modules()) == count
     assert net.model.state_dict().keys() >= model.state_dict().keys()
 
 
 def test_activations_in_full_precision_keep_their_relus():
     space = sbs.SearchSpace(weight_bits=(32,), activation_bits=(32,))
-    net = sbs.prepare(networks.Inverted(), space, IMAGE)
+    net = sbs.prepare(networks.Inverted(), space, IMAGE, absorb_relus=True)
     absorbed = [name for name, m in net.model.named_modules() if isinstance(m, AbsorbedReLU)]
     assert absorbed == [], "first and last layers have 8 bits, but no ReLU of theirs is read by them alone"
     assert all(layer.settings.relu is None for _, layer in net.layers())
@@ -137,14 +155,14 @@ def _step(net: nn.Module, x: Tensor) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize("kind", ["inverted", "residual"])
-def test_calibration_search_and_compression_are_the_same_without(kind, monkeypatch):
+def test_calibration_search_and_compression_are_the_same_without(kind):
     """To the last bits of float64, statistics of calibration and of the step included."""
     nets = []
-    for relus in (absorbable, lambda _: {}):
-        monkeypatch.setattr(supernet, "absorbable", relus)
+    for absorbs in (True, False):
         torch.manual_seed(0)
         model = networks.USER_NETWORKS[kind]()
-        nets.append(states.searched(model, 8, seed=3, dtype=torch.float64, group_size=2).train())
+        net = states.searched(model, 8, seed=3, dtype=torch.float64, absorb_relus=absorbs, group_size=2)
+        nets.append(net.train())
     ours, plain = nets
     assert any(isinstance(m, AbsorbedReLU) for m in ours.modules())
     assert not any(isinstance(m, AbsorbedReLU) for m in plain.modules())
@@ -159,3 +177,23 @@ def test_calibration_search_and_compression_are_the_same_without(kind, monkeypat
     with torch.no_grad():
         assert torch.equal(ours.eval()(x), plain.eval()(x))
         torch.testing.assert_close(small(x), ours(x), rtol=1e-9, atol=1e-9)
+
+
+def test_a_hook_that_comes_later_sees_what_the_relu_gives():
+    net = sbs.prepare(Body(nn.ReLU()), sbs.SearchSpace(), IMAGE, absorb_relus=True)
+    sbs.calibrate(net, [networks.images(4, 8, 1)])
+    x, seen = networks.images(4, 8, 2), []
+    want = net.eval()(x)
+    net.model.relu.register_forward_hook(lambda _module, _inputs, output: seen.append(output))
+    assert torch.equal(net(x), want)
+    assert seen[0].min() == 0
+
+
+def test_the_model_itself_is_not_run_and_preparing_twice_keeps_the_relus():
+    model = Counting().eval()
+    assert absorbable(model) == {"b": ("relu", math.inf)}
+    assert (model.calls, model.seen, model.training) == (0, None, False)
+    net = sbs.prepare(Body(nn.ReLU()), sbs.SearchSpace(), IMAGE, absorb_relus=True)
+    again = sbs.prepare(net.model, sbs.SearchSpace(), IMAGE)
+    assert type(again.model.relu) is nn.ReLU
+    assert all(layer.settings.relu is None for _, layer in again.layers())

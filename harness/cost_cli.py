@@ -39,7 +39,11 @@ def cost(
     shape = (3, size, size)
     policy = None if policy_file is None else sbs.Policy.load(policy_file)
     full = sbs.cost(model, shape, convention=convention)
-    report = full if policy is None else sbs.cost(model, shape, policy, convention)
+    try:
+        report = full if policy is None else sbs.cost(model, shape, policy, convention)
+    except sbs.SbsError as error:
+        remedy = f"--policy takes one of {model_name} with as many classes (--classes)"
+        raise UserError(f"{policy_file}: {error}; {remedy}") from None
     if as_json:
         print(json.dumps(_document(model_name, shape, report, full), indent=1))
         return

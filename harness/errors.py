@@ -1,5 +1,6 @@
 """Errors that a person can mend, and the one place where they become a message and an exit status. Torch-free."""
 
+import errno
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -7,6 +8,10 @@ from pathlib import Path
 EXIT_USER_ERROR = 2
 # What SLURM (or any scheduler) sees after an orderly leave with a checkpoint: run the same command again.
 EXIT_PREEMPTED = 85
+
+
+# what an administrator or a `chmod` mends, not a change of the code
+_SURROUNDINGS = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.ENOTDIR, errno.EISDIR)
 
 
 class UserError(Exception):
@@ -29,17 +34,33 @@ def is_user_error(error: BaseException) -> bool:
 
 
 def run_cli(app: Callable[[], object]) -> None:
-    """Run a command line; user errors become one message and status 2, an orderly leave status 85."""
+    """Run a command line; user errors become one message and status 2, an orderly leave status 85.
+
+    Files that cannot be read or written for want of rights or room are user errors, too, wherever they turn up.
+    """
     try:
         app()
     except Preempted as leave:
         print(leave, file=sys.stderr, flush=True)
         sys.exit(EXIT_PREEMPTED)
     except Exception as error:
-        if not is_user_error(error):
+        if isinstance(error, OSError) and error.errno in _SURROUNDINGS:
+            message = _about_file(error)
+        elif is_user_error(error):
+            message = str(error)
+        else:
             raise
-        print(f"error: {error}", file=sys.stderr, flush=True)
+        print(f"error: {message}", file=sys.stderr, flush=True)
         sys.exit(EXIT_USER_ERROR)
+
+
+def _about_file(error: OSError) -> str:
+    remedy = "Give this user the right to it, or name another place."
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        remedy = "Make room, or name another place."
+    elif error.errno in (errno.ENOTDIR, errno.EISDIR):
+        remedy = "Name a folder where a folder is meant, and a file where a file is."
+    return f"{error.filename or 'a file'}: {error.strerror}. {remedy}"
 
 
 def nearest(word: str, allowed: list[str]) -> str:

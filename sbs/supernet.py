@@ -253,7 +253,8 @@ class SuperNet(nn.Module):
         if not self.group_slices:
             return
         roots = [self.model.get_parameter(f"{group.root}.weight") for group in self.graph.groups]
-        per_channel = torch.cat([w.detach().abs().flatten(1).mean(dim=1) for w in roots])
+        # over all dimensions at once: to flatten weights in channels_last would copy them
+        per_channel = torch.cat([w.detach().abs().mean(dim=tuple(range(1, w.dim()))) for w in roots])
         bank = self.channel_gates
         # a gather and a sum, not index_add_: that one's order, and so its last bit, is left open on a GPU
         padded = torch.cat([per_channel, per_channel.new_zeros(1)]).to(bank.statistic.dtype)

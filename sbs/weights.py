@@ -36,10 +36,18 @@ def moments(kept: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
     result: the super-network and the compressed network standardise with the same bits.
     """
     with torch.no_grad():
-        wide = [w.detach().to(torch.float64, copy=True) for w in kept]
-        means = [w.mean() for w in wide]
-        torch._foreach_sub_(wide, means)
-        stds = torch._foreach_mul(torch._foreach_norm(wide), [1 / math.sqrt(w.numel()) for w in wide])
+        found: dict[int, tuple[Tensor, Tensor]] = {}
+        # the large ones alone, so that the three passes find them in the cache
+        batches = [[i] for i, w in enumerate(kept) if w.numel() >= _LARGE]
+        batches.append([i for i, w in enumerate(kept) if w.numel() < _LARGE])
+        for batch in batches:
+            wide = [kept[i].detach().to(torch.float64, copy=True) for i in batch]
+            centres = [w.mean() for w in wide]
+            if wide:
+                torch._foreach_sub_(wide, centres)
+                found.update(zip(batch, zip(centres, torch._foreach_norm(wide), strict=True), strict=True))
+        means, norms = (list(column) for column in zip(*(found[i] for i in range(len(kept))), strict=True))
+        stds = torch._foreach_mul(norms, [1 / math.sqrt(w.numel()) for w in kept])
         torch._foreach_clamp_min_(stds, _MIN_STD)
         types = [w.dtype for w in kept]
         narrow = [[value.to(t) for value, t in zip(values, types, strict=True)] for values in (means, stds)]

@@ -68,7 +68,8 @@ def pareto(
     from sweeps import driver, outcome
 
     if bool(experiments) == bool(folders):
-        raise UserError("give --experiment NAME (from the MLflow store) or --folder DIR (from a sweep's folder)")
+        either = "give --experiment NAME (from the MLflow store) or --folder DIR (from a sweep's folder)"
+        raise UserError(f"{either}, not both" if folders else either)
     store = driver.store_of(runs)
     frontier = outcome.from_folders(folders) if folders else outcome.from_store(store, experiments)
     outcome.write(frontier, out)

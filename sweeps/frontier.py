@@ -119,12 +119,16 @@ class SeedGroup:
 
 
 def build(experiments: Sequence[str], rows: Iterable[Row]) -> Frontier:
-    """Sort the rows and mark the Pareto set: no row of the family is as good in both and better in one."""
-    ordered = sorted(rows, key=lambda row: (row.model, row.gbops, row.trial, row.experiment))
+    """Sort the rows and mark the Pareto set: no row of the family is as good in both and better in one.
+
+    A trial counts once, however often it is given (an experiment named twice, a folder and its copy).
+    """
+    once = {(row.experiment, row.trial): row for row in rows}
+    ordered = sorted(once.values(), key=lambda row: (row.model, row.gbops, row.trial, row.experiment))
     best: set[tuple[str, str]] = set()
     for family in {row.family for row in ordered}:
         best |= {(row.experiment, row.trial) for row in pareto([row for row in ordered if row.family == family])}
-    return Frontier(tuple(experiments), tuple(ordered), frozenset(best))
+    return Frontier(tuple(dict.fromkeys(experiments)), tuple(ordered), frozenset(best))
 
 
 def pareto(rows: Sequence[Row]) -> list[Row]:

@@ -63,10 +63,17 @@ def convention(frontier: Frontier) -> str:
     return ", ".join(sorted({row.convention for row in frontier.rows}))
 
 
+FRONTIER_NOTE = (
+    "*: on its model's frontier, as no other row of the model has at least its top-1 at no more BOPs; the other points "
+    "of the plot are pale."
+)
+
+
 def notes(frontier: Frontier) -> list[str]:
-    """What a reader has to know about the figures: the convention, and each family's hypervolume with its reference."""
+    """What a reader has to know about the figures: marks, convention, each family's hypervolume and its reference."""
     names = convention(frontier).split(", ") if frontier.rows else []
-    lines = [f"Convention {name}: {COUNTED.get(name, 'see sbs.cost')}." for name in names]
+    lines = [FRONTIER_NOTE] if frontier.rows else []
+    lines += [f"Convention {name}: {COUNTED.get(name, 'see sbs.cost')}." for name in names]
     for family in frontier.families():
         rows = frontier.of_family(family)
         share, floor = reference(rows)

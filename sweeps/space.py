@@ -10,9 +10,9 @@ from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, ValidationError, model_validator
+from pydantic import Field, PrivateAttr, ValidationError, model_validator
 
-from harness.config import DRIVES, Method, Recipe, Section, explain, load_recipe, parse_recipe
+from harness.config import DRIVES, Method, Recipe, Section, explain, load_recipe, parse_recipe, recipe_names
 from harness.errors import UserError, nearest, require_file
 
 Point = dict[str, Any]
@@ -109,6 +109,12 @@ class Space(Section):
     search: SearchPlan = SearchPlan()
     scheduler: SchedulerPlan = SchedulerPlan()
     estimate: Estimate | None = None
+    _origin: str = PrivateAttr(default="")
+
+    @property
+    def origin(self) -> str:
+        """What messages call it: the file, or else the name."""
+        return self._origin or f"space {self.name}"
 
     @model_validator(mode="after")
     def _is_coherent(self) -> Self:
@@ -179,9 +185,11 @@ def load_space(name_or_path: str | Path, *, name: str | None = None) -> Space:
     if recipe.endswith(".toml") and not Path(recipe).is_absolute():
         tree["recipe"] = str(Path(origin).parent / recipe)
     try:
-        return Space.model_validate(tree)
+        space = Space.model_validate(tree)
     except ValidationError as error:
         raise UserError(explain(error, Space, origin)) from None
+    space._origin = origin if origin.endswith(".toml") else f"space {origin}"  # noqa: SLF001 - ours
+    return space
 
 
 def base_recipe(space: Space, overrides: Sequence[str] = ()) -> Recipe:
@@ -195,6 +203,9 @@ def base_recipe(space: Space, overrides: Sequence[str] = ()) -> Recipe:
         if key in space.axes or key in ("search.method", "run.seed"):
             raise UserError(f"--set {override}: {key} is varied by space {space.name!r}; change it in the space's file")
     _check_one_drive(space, keys)
+    if not space.recipe.endswith(".toml") and space.recipe not in recipe_names():
+        hint = nearest(space.recipe, recipe_names())
+        raise UserError(f"{space.origin}: recipe = {space.recipe!r}: no recipe has that name. {hint}")
     given = {key: value for key, value in space.set.items() if not _other_drive(key, keys)}
     base = load_recipe(space.recipe, [f"{key}={json.dumps(value)}" for key, value in given.items()] + [*overrides])
     if base.search.snapshots or "search.snapshots" in space.axes:
@@ -236,7 +247,7 @@ def recipe_at(base: Recipe, space: Space, point: Point, *, method: str, seed: in
     settings = {**point, "search.method": method, "run.seed": seed}
     where = ", ".join(f"{key} = {value!r}" for key, value in settings.items())
     overrides = [f"{key}={json.dumps(value)}" for key, value in settings.items()]
-    return parse_recipe(base.to_dict(), f"space {space.name}, point ({where})", overrides)
+    return parse_recipe(base.to_dict(), f"{space.origin}, point ({where})", overrides)
 
 
 def _dotted(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:

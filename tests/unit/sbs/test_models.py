@@ -86,7 +86,7 @@ def test_cifar_networks_see_32_pixels_and_end_at_their_last_resolution(name):
 
 
 def test_an_unknown_name_is_refused_with_the_known_ones():
-    with pytest.raises(SbsError, match=r"(?s)resnet19.*resnet18.*mobilenetv2"):
+    with pytest.raises(SbsError, match=r"(?s)resnet19.*did you mean .resnet1.*resnet18.*mobilenetv2"):
         sbs.models.build("resnet19", 10)
 
 

@@ -78,3 +78,10 @@ def test_frontier_follows_from_the_printed_figures():
     a, b = row(key="a", gbops=1.00000001, top1=90.0), row(key="b", gbops=1.0, top1=90.00000001)
     frontier = build(["e"], [a, b])
     assert all(frontier.is_best(r) for r in frontier.rows)
+
+
+def test_a_trial_that_is_given_twice_counts_once():
+    rows = [row(key="a", gbops=1.0), row(key="b", seed=1, gbops=1.1)]
+    frontier = build(["e", "e"], [*rows, *rows, row(key="a", experiment="f")])
+    assert (frontier.experiments, len(frontier.rows)) == (("e",), 3)
+    assert [group.seeds for group in over_seeds(frontier.rows)] == [2, 1]

@@ -81,8 +81,14 @@ def test_a_mistake_names_file_key_and_remedy(tmp_path: Path, text: str, words: l
 
 def test_points_are_validated_as_recipes(tmp_path: Path):
     found = space(tmp_path, '[axes]\n"search.lamda" = [0.1]\n')
-    with pytest.raises(UserError, match=r"space s, point .*search.lamda.*did you mean 'lambda'"):
+    with pytest.raises(UserError, match=r"space\.toml, point .*search.lamda.*did you mean 'lambda'"):
         recipe_at(base_recipe(found), found, next(found.points()), method="sbs", seed=0)
+
+
+def test_a_misspelt_recipe_names_the_space_and_the_nearest(tmp_path: Path):
+    found = space(tmp_path, "", 'name = "s"\nrecipe = "digits_resnet2"\n')
+    with pytest.raises(UserError, match=r"space\.toml: recipe = 'digits_resnet2': .*did you mean 'digits_resnet20'"):
+        base_recipe(found)
 
 
 def test_overrides_reach_every_trial_but_not_an_axis(tmp_path: Path):

@@ -15,6 +15,7 @@ from sbs.graph import NetworkGraph, analyze
 from sbs.kernels import GateMode
 from sbs.layers import LayerContext, QuantConv2d, QuantizedLayer, QuantLinear, QuantSettings, from_float
 from sbs.mac_table import MacTable
+from sbs.memory import dense, memory_view
 from sbs.ranks import agree
 from sbs.space import FULL_PRECISION_BITS, SearchSpace, describe, levels
 from sbs.weights import WeightCodes, encode, moments, statistics
@@ -168,8 +169,9 @@ class SuperNet(nn.Module):
     def _moments(self, layers: list[QuantizedLayer]) -> tuple[list[Tensor], list[Tensor]]:
         """Mean and deviation of the kept weights; those that after_step left serve the next training pass, once."""
         left, self._left_moments = self._left_moments, None
-        # the norms, too: writing through `.data` raises no version
-        if left and self.training and left.versions == _versions(layers) and torch.equal(left.norms, _norms(layers)):
+        # some values, too: writing through `.data`, as one would all of a weight, raises no version
+        versions = _versions(layers)
+        if left and self.training and left.versions == versions and torch.equal(left.samples, _samples(layers)):
             return left.moments
         return moments([layer.kept_weight() for layer in layers])
 
@@ -243,7 +245,7 @@ class SuperNet(nn.Module):
         layers = self._searched_layers()
         kept = [layer.kept_weight() for layer in layers]
         means, stds = moments(kept)
-        self._left_moments = _LeftMoments(_versions(layers), _norms(layers), (means, stds))
+        self._left_moments = _LeftMoments(_versions(layers), _samples(layers), (means, stds))
         scales = [layer.weight_clip * std for layer, std in zip(layers, stds, strict=True)]
         grid = tuple(levels(b) for b in self.space.weight_bits)
         self.weight_gates.statistic.copy_(statistics(kept, means, scales, grid))
@@ -313,13 +315,14 @@ class _LeftMoments(NamedTuple):
     """Moments of the kept weights, and what tells whether the weights are still those."""
 
     versions: list[tuple[int, int]]
-    norms: Tensor
+    samples: Tensor
     moments: tuple[list[Tensor], list[Tensor]]
 
 
-def _norms(layers: list[QuantizedLayer]) -> Tensor:
-    weights = [layer.weight.detach() for layer in layers]
-    return torch.stack(list(torch._foreach_norm(weights)))  # noqa: SLF001
+def _samples(layers: list[QuantizedLayer]) -> Tensor:
+    """Values from all over every weight, 64 or a few more of each."""
+    flat = [memory_view(dense(layer.weight.detach()), False) for layer in layers]
+    return torch.cat([w[:: max(1, len(w) // 64)] for w in flat])
 
 
 def _versions(layers: list[QuantizedLayer]) -> list[tuple[int, int]]:

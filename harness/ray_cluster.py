@@ -1,6 +1,7 @@
 """A Ray cluster to run on: the one that RAY_ADDRESS names, or a private one on this machine while it lasts."""
 
 import fcntl
+import gc
 import json
 import os
 import secrets
@@ -100,7 +101,25 @@ def _existing() -> Iterator[list[Node]]:
         alive = [node["Resources"] for node in ray.nodes() if node["Alive"]]
         yield [Node(found.get("CPU", 0.0), found.get("GPU", 0.0)) for found in alive]
     finally:
+        _leave()
+
+
+def _leave() -> None:
+    """Shut Ray down while no garbage is collected.
+
+    References to its objects lie in cycles; collected by another thread (that of the tracking store, say) in the middle
+    of the shutdown, they call a worker that is no more, at which Ray ends the process.
+    """
+    import ray
+
+    gc.collect()
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
         ray.shutdown()
+    finally:
+        if enabled:
+            gc.enable()
 
 
 def _submission() -> dict[str, str]:
@@ -180,7 +199,7 @@ def _private_in(folder: Path, node: Node) -> Iterator[list[Node]]:
         )
         yield [node]
     finally:
-        ray.shutdown()  # also after a start that failed half-way
+        _leave()  # also after a start that failed half-way
         if mine:
             for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN_PATH"):
                 os.environ.pop(name, None)

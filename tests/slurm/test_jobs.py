@@ -87,8 +87,10 @@ def test_preempted_job_goes_on_where_it_was(cluster: Cluster, user: User):
 
     ended = user.wait_over("low", 120)
     assert ended["state"] == "COMPLETED", user.log("low")
-    assert ended["lives"] == 2
-    assert user.lives("low")[0]["stopped_by"] == "preempted"
+    # SLURM may start it once more before the urgent job, and preempt it again
+    stops = [life["stopped_by"] for life in user.lives("low")[:-1]]
+    assert stops == ["preempted"] * (ended["lives"] - 1), user.log("low")
+    assert ended["lives"] in {2, 3}
     assert f"result {chain(25)}" in user.log("low")
     assert len((user.home / "state.all").read_text().splitlines()) == 25
     assert int(job_id) < int(urgent)

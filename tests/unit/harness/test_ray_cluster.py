@@ -1,3 +1,4 @@
+import gc
 import os
 import subprocess
 import sys
@@ -6,7 +7,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from harness.ray_cluster import REMNANT_S, scratch
+import pytest
+
+from harness.ray_cluster import REMNANT_S, _leave, scratch
 
 HOLD = """
 import sys
@@ -73,3 +76,13 @@ def test_what_dying_processes_make_anew_goes_once_it_is_old(tmp_path: Path):
     with scratch(tmp_path):
         assert not remnant.exists()
         assert foreign.is_dir()
+
+
+def test_no_garbage_is_collected_while_ray_shuts_down(monkeypatch: pytest.MonkeyPatch):
+    """It could hold references that another thread would then give back to a worker that is no more."""
+    import ray
+
+    seen: list[bool] = []
+    monkeypatch.setattr(ray, "shutdown", lambda: seen.append(gc.isenabled()))
+    _leave()
+    assert (seen, gc.isenabled()) == ([False], True)

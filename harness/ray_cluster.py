@@ -7,7 +7,6 @@ import os
 import secrets
 import shutil
 import tempfile
-import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -41,8 +40,6 @@ DRIVER_SETTINGS = {
 }
 LONGEST_TEMP = 40
 """Characters of the temporary folder beyond which Ray's socket paths would exceed the system's limit of 107 bytes."""
-REMNANT_S = 600.0
-"""Age of a folder of Ray sessions without an owner: Ray's agents miss their cluster within half a minute."""
 _PREFIX, _OWNER = "sbs-", "owner"
 _TOKEN = secrets.token_hex(32)
 """One for the life of this process, since Ray reads it once."""
@@ -155,20 +152,10 @@ def _clear(base: Path) -> None:
         with suppress(OSError):  # another user's, not a scratch folder, alive, or just taken away by another start
             if folder.is_symlink() or folder.stat().st_uid != os.getuid():
                 continue
-            if _is_remnant(folder):
-                shutil.rmtree(folder, ignore_errors=True)
-                continue
             with (folder / _OWNER).open("r+", encoding="ascii") as file:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 # under another name first: a dying process of that cluster may still write to the old one
                 shutil.rmtree(folder.rename(base / f".{folder.name}"), ignore_errors=True)
-
-
-def _is_remnant(folder: Path) -> bool:
-    """Whether a dying process has made the folder anew for its last words, after it was cleared away."""
-    names = [path.name for path in folder.iterdir()]
-    is_old = time.time() - folder.stat().st_mtime > REMNANT_S
-    return is_old and bool(names) and all(name.startswith("session_") for name in names)
 
 
 def _private(node: Node) -> Iterator[list[Node]]:

@@ -86,7 +86,7 @@ def after_step(net: nn.Module) -> None:
     for supernet in supernets:
         supernet.after_step()
     if not supernets:
-        clamp_clips([m for m in net.modules() if isinstance(m, QuantizedLayer)])
+        clamp_clips(net)
 
 
 def telemetry(net: SuperNet) -> dict[str, float]:

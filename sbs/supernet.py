@@ -2,7 +2,7 @@
 
 import copy
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -189,7 +189,7 @@ class SuperNet(nn.Module):
 
         One all-reduce of a few numbers per gate where torch.distributed is initialised.
         """
-        clamp_clips([layer for _, layer in self.layers()])
+        clamp_clips(self.model)
         for bank in (self.weight_gates, self.activation_gates, self.channel_gates):
             bank.clamp()
         self._update_statistics(MOMENTUM)
@@ -361,8 +361,9 @@ def gate_mode(graph: NetworkGraph, name: str) -> GateMode:
 
 
 @torch.no_grad()
-def clamp_clips(layers: Sequence[QuantizedLayer]) -> None:
+def clamp_clips(model: nn.Module) -> None:
     """Keep every clip at or above 1e-3 of its start (ours)."""
+    layers = [m for m in model.modules() if isinstance(m, QuantizedLayer)]
     clips = [c for m in layers for c in (m.weight_clip, m.activation_clip)]
     floors = [f for m in layers for f in (m.weight_clip_floor, m.activation_clip_floor)]
     if clips:

@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, PrivateAttr, ValidationError, model_validator
 
-from harness.config import DRIVES, Method, Recipe, Section, explain, load_recipe, parse_recipe, recipe_names
+from harness.config import DRIVES, Method, Recipe, Section, explain, load_recipe, parse_recipe
 from harness.errors import UserError, nearest, require_file
 
 Point = dict[str, Any]
@@ -203,11 +203,12 @@ def base_recipe(space: Space, overrides: Sequence[str] = ()) -> Recipe:
         if key in space.axes or key in ("search.method", "run.seed"):
             raise UserError(f"--set {override}: {key} is varied by space {space.name!r}; change it in the space's file")
     _check_one_drive(space, keys)
-    if not space.recipe.endswith(".toml") and space.recipe not in recipe_names():
-        hint = nearest(space.recipe, recipe_names())
-        raise UserError(f"{space.origin}: recipe = {space.recipe!r}: no recipe has that name. {hint}")
     given = {key: value for key, value in space.set.items() if not _other_drive(key, keys)}
-    base = load_recipe(space.recipe, [f"{key}={json.dumps(value)}" for key, value in given.items()] + [*overrides])
+    settings = [f"{key}={json.dumps(value)}" for key, value in given.items()]
+    try:
+        base = load_recipe(space.recipe, [*settings, *overrides])
+    except UserError as error:
+        raise UserError(f"{space.origin}: recipe = {space.recipe!r}: {error}") from None
     if base.search.snapshots or "search.snapshots" in space.axes:
         _check_snapshots(space)
     return base

@@ -1,15 +1,13 @@
 import gc
-import os
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
-from harness.ray_cluster import REMNANT_S, _leave, scratch
+from harness.ray_cluster import _leave, scratch
 
 HOLD = """
 import sys
@@ -61,21 +59,6 @@ def test_a_folder_that_only_points_elsewhere_is_left_alone(tmp_path: Path):
     (tmp_path / "sbs-link").symlink_to(precious)
     with scratch(tmp_path):
         assert (precious / "owner").exists()
-
-
-def test_what_dying_processes_make_anew_goes_once_it_is_old(tmp_path: Path):
-    """Nobody's lock is in it, so age and content have to tell."""
-    remnant, foreign = tmp_path / "sbs-abc", tmp_path / "sbs-of-something-else"
-    for path in (remnant / "session_2026" / "logs", foreign / "notes"):
-        path.mkdir(parents=True)
-    with scratch(tmp_path):
-        assert remnant.is_dir()
-    long_ago = time.time() - 2 * REMNANT_S
-    for path in (remnant, foreign):
-        os.utime(path, (long_ago, long_ago))
-    with scratch(tmp_path):
-        assert not remnant.exists()
-        assert foreign.is_dir()
 
 
 def test_no_garbage_is_collected_while_ray_shuts_down(monkeypatch: pytest.MonkeyPatch):

@@ -4,7 +4,8 @@ Where no compiler is at hand they run eagerly, after one warning.
 """
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -18,6 +19,9 @@ Kernel = Callable[..., Any]
 # On a GPU compiled division is approximate unless asked otherwise. A quotient that is a bit off can round to the next
 # code, and small weights are encoded by eager code (weights.py): all must divide alike.
 _OPTIONS = {"eager_numerics.division_rounding": True}
+# Loops of the backward pass nested as the code has its axes, also where memory has another order: only then does the
+# compiler write what is element-wise and what is summed per channel as one loop over the tensor, and not as two.
+_ONE_LOOP = {"pick_loop_orders": False}
 # forms x types x devices: far more than any one run needs, so that none ends in the eager fallback
 _GRAPHS = 64
 _ONE_WIDTH = (1,)
@@ -29,8 +33,9 @@ class _Compiled:
     enabled = True
     _warned = False
 
-    def __init__(self, function: Kernel) -> None:
+    def __init__(self, function: Kernel, cpu_options: Mapping[str, bool] = MappingProxyType({})) -> None:
         self.eager = function
+        self._cpu_options = _OPTIONS | dict(cpu_options)
         self._made: dict[tuple[object, ...], Kernel] = {}
 
     def __call__(self, operand: Operand, form: Form, *args: Any) -> Any:
@@ -54,7 +59,7 @@ class _Compiled:
     def _make(self, operand: Operand, form: Form, args: tuple[Any, ...]) -> Kernel:
         try:
             if operand.x.device.type == "cpu":
-                return library.kernel(self.eager, operand, form, args, _OPTIONS)
+                return library.kernel(self.eager, operand, form, args, self._cpu_options)
             limits = {"recompile_limit": _GRAPHS, "isolate_recompiles": True}
             made: Kernel = torch.compile(self.eager, dynamic=True, fullgraph=True, options=_OPTIONS.copy(), **limits)  # type: ignore[call-overload]
         except Exception as error:  # noqa: BLE001 - a broken tool chain raises many types, none of them the caller's fault
@@ -73,12 +78,12 @@ class _Compiled:
 
 
 def _kind(operand: Operand, form: Form, args: tuple[Any, ...]) -> tuple[object, ...]:
-    """What a compiled kernel is made for: types, and which sizes are 1; all other sizes are free."""
+    """What a compiled kernel is made for: types, order in memory, and which sizes are 1; all other sizes are free."""
     x, gate, shift, scale, levels = operand
     ones = tuple([size == 1 for size in x.shape])
     rest = [each.dtype if isinstance(each, Tensor) else each for each in args]
     gate_type = None if gate is None else gate.dtype
-    return (form, x.device.type, x.dtype, ones, gate_type, shift.dtype, scale.dtype, levels.dtype, *rest)
+    return (form, x.device.type, x.dtype, ones, x.is_contiguous(), gate_type, shift.dtype, scale.dtype, levels.dtype, *rest)
 
 
 def use_compiled(enabled: bool) -> bool:
@@ -91,5 +96,5 @@ def use_compiled(enabled: bool) -> bool:
 encode = _Compiled(kernels.encode)
 encode_with_sums = _Compiled(kernels.encode_with_sums)
 residual_sums = _Compiled(kernels.residual_sums)
-backward = _Compiled(kernels.backward)
-backward_with_codes = _Compiled(kernels.backward_with_codes)
+backward = _Compiled(kernels.backward, _ONE_LOOP)
+backward_with_codes = _Compiled(kernels.backward_with_codes, _ONE_LOOP)

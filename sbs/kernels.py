@@ -6,7 +6,8 @@ them compiled.
 Conventions: n_b = 2**b - 1 steps; z in [0, 1] is the normalised value, the code is k = round(z * n_b), ties to even.
     unsigned  z = clip(x / scale, 0, 1)                                 value = scale * k / n_b
     signed    u = clip((x - shift) / scale, -1, 1), z = (u + 1) / 2     value = scale * (2k - n_b) / n_b
-`gate` is a per-channel mask for tensors viewed as (outer, channels, inner); what it does is said by GateMode.
+`gate` is a per-channel mask for tensors viewed as (outer, channels, inner); what it does is said by GateMode. Sums of
+the backward pass go over the inner axis first, so that those per channel and those over all share one loop on a CPU.
 """
 
 import enum
@@ -27,7 +28,7 @@ class GateMode(enum.Enum):
 
 
 class Operand(NamedTuple):
-    """What a kernel reads: x, a view in memory order (contiguous); gate, (1, channels, 1) or None; the rest 0-dim."""
+    """What a kernel reads: x, of `memory.memory_view`; gate, (1, channels, 1) or None; the rest 0-dim."""
 
     x: Tensor
     gate: Tensor | None
@@ -127,19 +128,19 @@ def backward(
     v_q = 2 * quantized - 1 if form.signed else quantized
     dgate = None
     if form.mode is GateMode.AFTER and gate is not None:
-        dgate = (g * v_q * scale).sum(dim=(0, 2))
+        dgate = (g * v_q * scale).sum(dim=-1).sum(dim=0)
         g = g * gate
     dx = g * inside
-    dscale = (g * (v_q - v * inside)).sum()
+    dscale = (g * (v_q - v * inside)).sum(dim=-1).sum()
     dots: list[Tensor] = []
     # by reciprocals: these values are not codes, and divisions would take half of the pass
     coarse = torch.round(z * form.grid[0]) * (1 / form.grid[0])
     for n in form.grid[1:]:
         fine = torch.round(z * n) * (1 / n)
-        dots.append((g * (fine - coarse)).sum())
+        dots.append((g * (fine - coarse)).sum(dim=-1).sum())
         coarse = fine
     if form.mode is GateMode.BEFORE and gate is not None:
-        dgate = (dx * _feature(operand, form)).sum(dim=(0, 2))
+        dgate = (dx * _feature(operand, form)).sum(dim=-1).sum(dim=0)
         dx = dx * gate
     if form.relu is not None:
         dx = dx * _relu_passes(operand.x, form.relu)

@@ -45,7 +45,7 @@ def kernel(
     """
     statics = tuple(arg for arg in args if not isinstance(arg, Tensor))
     tensors = _tensors(operand, args)
-    kinds = [(str(t.dtype), [1 if size == 1 else 0 for size in t.shape]) for t in tensors]
+    kinds = [(str(t.dtype), [1 if size == 1 else 0 for size in t.shape], t.is_contiguous()) for t in tensors]
     options = _OPTIONS | dict(options)
     path = folder() / f"{function.__name__}-{_digest(form, statics, kinds, operand.gate is None, options)}.so"
     if not _is_sound(path):
@@ -143,7 +143,11 @@ def _is_sound(path: Path) -> bool:
 
 def _example(tensor: Tensor) -> Tensor:
     """A tensor of the same kind whose sizes are unlike each other, large enough for the compiler to take pains."""
-    return torch.zeros([1 if size == 1 else 32 << axis for axis, size in enumerate(tensor.shape)], dtype=tensor.dtype)
+    sizes = [1 if size == 1 else 32 << axis for axis, size in enumerate(tensor.shape)]
+    if tensor.is_contiguous():
+        return torch.zeros(sizes, dtype=tensor.dtype)
+    outer, channels, inner = sizes
+    return torch.zeros(outer, inner, channels, dtype=tensor.dtype).transpose(1, 2)
 
 
 def folder() -> Path:

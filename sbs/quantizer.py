@@ -73,14 +73,17 @@ class Side:
     collect: bool = False
     codes: Tensor | None = None
 
-    def operand(self, x: Tensor, scale: Tensor, gate: Tensor | None) -> tuple[Operand, Form]:
-        """The kernel's arguments for a dense `x`; the gate (C,) is left out where the form has no use for it."""
+    def operand(self, x: Tensor, scale: Tensor, gate: Tensor | None, *, sums: bool = False) -> tuple[Operand, Form]:
+        """The kernel's arguments for a dense `x`; the gate (C,) is left out where the form has no use for it.
+
+        sums: whether the kernel is one that sums per channel.
+        """
         # the kernels are compiled for what they read: requires_grad and the offsets of slices would multiply the graphs
         x, scale = x.detach(), scale.detach()
         if gate is None or self.form.mode is GateMode.NONE:
             return Operand(memory_view(x, False), None, self.shift, scale, self.levels), self._ungated()
         return Operand(
-            memory_view(x, True), gate.detach().clone().view(1, -1, 1), self.shift, scale, self.levels
+            memory_view(x, True, sums=sums), gate.detach().clone().view(1, -1, 1), self.shift, scale, self.levels
         ), self.form
 
     def _ungated(self) -> Form:
@@ -235,8 +238,8 @@ def _backward(grad: Tensor, grad_scale: Tensor, given: _Input, *, with_codes: bo
     if side is None:
         return ((grad * grad_scale).to(x.dtype), None, None, None), x.to(grad.dtype)
     gate = None if side.form.mode is GateMode.STATISTICS else given.channel_gate
-    operand, form = side.operand(x, given.scale, gate)
-    flat = memory_view(like(grad, x), operand.gate is not None)
+    operand, form = side.operand(x, given.scale, gate, sums=True)
+    flat = memory_view(like(grad, x), operand.gate is not None, sums=True)
     arguments = (operand, form, flat, grad_scale, given.bit_gates.detach().clone())
     codes = x
     if with_codes:

@@ -83,7 +83,18 @@ def _kind(operand: Operand, form: Form, args: tuple[Any, ...]) -> tuple[object, 
     ones = tuple([size == 1 for size in x.shape])
     rest = [each.dtype if isinstance(each, Tensor) else each for each in args]
     gate_type = None if gate is None else gate.dtype
-    return (form, x.device.type, x.dtype, ones, x.is_contiguous(), gate_type, shift.dtype, scale.dtype, levels.dtype, *rest)
+    return (
+        form,
+        x.device.type,
+        x.dtype,
+        ones,
+        x.is_contiguous(),
+        gate_type,
+        shift.dtype,
+        scale.dtype,
+        levels.dtype,
+        *rest,
+    )
 
 
 def use_compiled(enabled: bool) -> bool:
@@ -94,6 +105,7 @@ def use_compiled(enabled: bool) -> bool:
 
 
 encode = _Compiled(kernels.encode)
+encode_with_check = _Compiled(kernels.encode_with_check)
 encode_with_sums = _Compiled(kernels.encode_with_sums)
 residual_sums = _Compiled(kernels.residual_sums)
 backward = _Compiled(kernels.backward, _ONE_LOOP)

@@ -89,6 +89,12 @@ def encode(operand: Operand, form: Form, dtype: torch.dtype) -> Tensor:
     return codes.to(dtype)
 
 
+def encode_with_check(operand: Operand, form: Form, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """`encode`, and a 0-dim check: not a number where any value is not, which integers cannot say; else 0."""
+    _, z, _ = _normalize(_gated(operand, form), operand, form.signed)
+    return encode(operand, form, dtype), (z * 0).sum()
+
+
 def residual_sums(operand: Operand, form: Form) -> Tensor:
     """Sum of 12 * n**2 * (z - D_n(z))**2 for every n but the last; over the count it is the gates' statistic (ours).
 

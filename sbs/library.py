@@ -67,6 +67,7 @@ def _tensors(operand: Operand, args: tuple[Any, ...]) -> list[Tensor]:
 
 _SHAPES: dict[Callable[..., Any], Callable[[list[Tensor]], Any]] = {
     kernels.encode: lambda found: found[0],
+    kernels.encode_with_check: tuple,
     kernels.encode_with_sums: tuple,
     kernels.residual_sums: lambda found: found[0],
     kernels.backward: tuple,

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from sbs import compiled
+from sbs import compiled, integer
+from sbs.integer import Geometry
 from sbs.kernels import Form, GateMode, Operand
 from sbs.memory import dense, like, memory_view, restore
 
@@ -31,10 +32,14 @@ _PRODUCTS = {
 
 @dataclass(frozen=True)
 class Affine:
-    """A bilinear map of (input, weight), and its two gradients; `channels_last` views follow the input."""
+    """A bilinear map of (input, weight), and its two gradients; `channels_last` views follow the input.
+
+    geometry: of a convolution, which may be computed in integers.
+    """
 
     forward: Callable[[Tensor, Tensor], Tensor]
     backward: Callable[[Tensor, Tensor, Tensor, list[bool]], tuple[Tensor | None, Tensor | None]]
+    geometry: Geometry | None = None
 
 
 def convolution(stride: list[int], padding: list[int], dilation: list[int], groups: int) -> Affine:
@@ -49,7 +54,7 @@ def convolution(stride: list[int], padding: list[int], dilation: list[int], grou
         )
         return dx, dw
 
-    return Affine(forward, backward)
+    return Affine(forward, backward, Geometry(stride, padding, dilation, groups))
 
 
 def _linear_backward(dy: Tensor, x: Tensor, w: Tensor, mask: list[bool]) -> tuple[Tensor | None, Tensor | None]:
@@ -123,29 +128,69 @@ def _as_given(kind: str) -> AbstractContextManager[object]:
     return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()
 
 
-def _encode(
-    x: Tensor, side: Side | None, scale: Tensor, gate: Tensor | None, dtype: torch.dtype, *, collect: bool = False
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """(codes, unit, residual sums): value = unit * codes; sums (K - 1,) where they are to be collected.
+class _Input(NamedTuple):
+    """One operand of the map; without a side its values are its codes."""
 
-    Without a side the values are their own codes.
-    """
+    x: Tensor
+    side: Side | None
+    scale: Tensor
+    bit_gates: Tensor
+    channel_gate: Tensor | None = None
+
+
+def _encode(given: _Input, dtype: torch.dtype, *, collect: bool = False) -> tuple[Tensor, Tensor | None]:
+    """Codes, of which value = `_unit` * code, and residual sums (K - 1,), where they are to be collected."""
+    x, side = given.x, given.side
     if side is None:
-        return x.to(dtype), torch.ones_like(scale), None
-    sums = None
+        return x.to(dtype), None
     if side.codes is not None:
-        codes = side.codes.to(dtype)
+        return _shrunk(side.codes.to(dtype)), None
+    operand, form = _encoder(given, side, collect=collect)
+    if collect:
+        codes, sums = compiled.encode_with_sums(operand, form, dtype)
     else:
-        # a gate of the statistics changes no code
-        gate = gate if collect or side.form.mode is not GateMode.STATISTICS else None
-        operand, form = side.operand(x, scale, gate)
-        if collect:
-            codes, sums = compiled.encode_with_sums(operand, form, dtype)
-        else:
-            codes = compiled.encode(operand, form, dtype)
-        codes = restore(codes, x)
-    unit = scale.detach() / side.levels
-    return _shrunk(codes), unit / _HALF_SHRINK if dtype == torch.float16 else unit, sums
+        codes, sums = compiled.encode(operand, form, dtype), None
+    return _shrunk(restore(codes, x)), sums
+
+
+def _encoder(given: _Input, side: Side, *, collect: bool) -> tuple[Operand, Form]:
+    """What a kernel that encodes reads."""
+    # a gate of the statistics changes no code
+    gated = collect or side.form.mode is not GateMode.STATISTICS
+    return side.operand(given.x, given.scale, given.channel_gate if gated else None)
+
+
+def _unit(given: _Input, dtype: torch.dtype) -> Tensor:
+    if given.side is None:
+        return torch.ones_like(given.scale)
+    unit = given.scale.detach() / given.side.levels
+    return unit / _HALF_SHRINK if dtype == torch.float16 else unit
+
+
+def _in_floats(given: _Input, w_codes: Tensor, wide: bool, affine: Affine) -> tuple[Tensor, Tensor | None]:
+    """The map of the codes, and residual sums."""
+    collect = given.side is not None and given.side.collect
+    codes, sums = _encode(given, w_codes.dtype, collect=collect)
+    with _as_given(codes.device.type), _whole_products(codes.device.type) if wide else nullcontext():
+        return affine.forward(codes, w_codes), sums
+
+
+def _in_integers(
+    given: _Input, w: _Input, w_codes: Tensor, geometry: Geometry | None
+) -> tuple[Tensor, Tensor | None] | None:
+    """`_in_floats` by `sbs.integer`; None where that cannot be, nor where a value is not a number."""
+    side = given.side
+    if geometry is None or w_codes.dtype != torch.float32 or side is None or side.form.signed or w.side is None:
+        return None
+    if _has_wide_codes([side, w.side]) or not integer.applies(given.x, w_codes, geometry):
+        return None
+    operand, form = _encoder(given, side, collect=side.collect)
+    encode = compiled.encode_with_sums if side.collect else compiled.encode_with_check
+    codes, sums = encode(operand, form, torch.uint8)
+    if not (sums.isfinite().all() and w.scale.isfinite()):
+        return None
+    y = integer.convolve(restore(codes, given.x), w_codes, int(w.side.levels), geometry)
+    return y, sums if side.collect else None
 
 
 def _shrunk(codes: Tensor) -> Tensor:
@@ -175,12 +220,12 @@ class QuantizedAffine(torch.autograd.Function):
         """x (N, C, ...), w (O, I, ...) -> y (N, O, ...), sums (K - 1,) or None."""
         x, w = dense(x), dense(w)
         dtype = _compute_dtype(x, [x_side, w_side])
-        collect = x_side is not None and x_side.collect
-        x_codes, x_unit, sums = _encode(x, x_side, x_scale, channel_gate, dtype, collect=collect)
-        w_codes, w_unit, _ = _encode(w, w_side, w_scale, None, dtype)
-        whole = _whole_products(x.device.type) if _has_wide_codes([x_side, w_side]) else nullcontext()
-        with _as_given(x.device.type), whole:
-            y = affine.forward(x_codes, w_codes)
+        given, weight = _Input(x, x_side, x_scale, x_gates, channel_gate), _Input(w, w_side, w_scale, w_gates)
+        w_codes, _ = _encode(weight, dtype)
+        y, sums = _in_integers(given, weight, w_codes, affine.geometry) or _in_floats(
+            given, w_codes, _has_wide_codes([x_side, w_side]), affine
+        )
+        x_unit, w_unit = _unit(given, dtype), _unit(weight, dtype)
         y.mul_(x_unit * w_unit)
         ctx.save_for_backward(x, w, x_scale, w_scale, x_gates, w_gates, channel_gate, w_codes, x_unit, w_unit)
         ctx.statics = (affine, x_side, w_side, dtype)
@@ -198,31 +243,21 @@ class QuantizedAffine(torch.autograd.Function):
         x_needed = need[0] or need[2] or need[4] or need[6]
         w_needed = need[1] or need[3] or need[5]
         dy = grads[0].to(dtype)
+        given = _Input(x, x_side, x_scale, x_gates, channel_gate)
         x_grads = w_grads = _NO_GRADIENTS
         with _as_given(x.device.type):
             if x_needed:
                 # the gradient of the input does not depend on its values, only on its shape and memory order
                 dx_codes, _ = affine.backward(dy, torch.empty_like(x, dtype=dtype), w_codes, [True, False])
-                given = _Input(x, x_side, x_scale, x_gates, channel_gate)
                 x_grads, x_codes = _backward(dx_codes, w_unit, given, with_codes=True)
             else:
-                x_codes, _, _ = _encode(x, x_side, x_scale, channel_gate, dtype)
+                x_codes, _ = _encode(given, dtype)
             if w_needed:
                 _, dw_codes = affine.backward(dy, x_codes, w_codes, [False, True])
-                w_grads, _ = _backward(dw_codes, x_unit, _Input(w, w_side, w_scale, w_gates, None))
+                w_grads, _ = _backward(dw_codes, x_unit, _Input(w, w_side, w_scale, w_gates))
         dx, dx_scale, dx_gates, dgate = x_grads
         dw, dw_scale, dw_gates, _ = w_grads
         return dx, dw, dx_scale, dw_scale, dx_gates, dw_gates, dgate, None, None, None
-
-
-class _Input(NamedTuple):
-    """One operand of the map as the backward pass needs it."""
-
-    x: Tensor
-    side: Side | None
-    scale: Tensor
-    bit_gates: Tensor
-    channel_gate: Tensor | None
 
 
 Gradients = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]

@@ -40,14 +40,13 @@ def geometries(draw) -> tuple[Geometry, tuple[int, int]]:
 @given(
     chosen=geometries(),
     levels=st.sampled_from([1, 3, 7, 15, 63, 127, 255]),
-    channels=st.integers(1, 40),
-    outputs=st.integers(1, 40),
+    widths=st.tuples(st.integers(1, 40), st.integers(1, 40)),
     extreme=st.booleans(),
     seed=st.integers(0, 2**31),
 )
-def test_convolution_of_codes_is_exact(chosen, levels, channels, outputs, extreme, seed):
+def test_convolution_of_codes_is_exact(chosen, levels, widths, extreme, seed):
     """Against float64, which holds every sum exactly; also where all codes are as large as they can be."""
-    geometry, window = chosen
+    (geometry, window), (channels, outputs) = chosen, widths
     generator = torch.Generator().manual_seed(seed)
     x = _codes((2, channels, 9, 11), 255, generator)
     w = 2 * _codes((outputs, channels, *window), levels, generator) - levels

@@ -1,7 +1,5 @@
-"""Recipes: what one trial does, as validated and frozen data, and the identity that follows from it. Torch-free."""
+"""Recipes: what one trial does, as validated and frozen data. Torch-free."""
 
-import hashlib
-import json
 import tomllib
 from collections.abc import Mapping, Sequence
 from importlib import resources
@@ -12,7 +10,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from harness.errors import UserError, nearest, require_file
-from harness.settings import STAGE_FORMAT, apply_override, explain
+from harness.settings import apply_override, explain
 
 Method = Literal[
     "full_precision", "sbs", "sbs_prune", "sbs_quant", "uniform_2", "uniform_4", "uniform_8", "prune_then_quant"
@@ -324,72 +322,6 @@ def _recipe_text(name_or_path: str) -> tuple[str, str]:
     return source.read_text(encoding="utf-8"), f"recipe {name_or_path}"
 
 
-# What a method does not look at stays out of its identity, so that an override of it does not make a new trial.
-_QUANT_KEYS = {"weight_bits", "activation_bits", "bop_gradient", "bit_threshold_lr"}
-_PRUNE_KEYS = {"group_size", "max_prune_share", "prune_threshold_lr"}
-_BASELINE_SEARCH_KEYS = {"method", "epochs", "calibration_batches"}
-_NEUTRAL_DATA_KEYS = {"source", "dir", "workers", "memory"}  # the checksum says what the images are
-# These change where or how safely a trial runs, not what comes out.
-_NEUTRAL_RUN_KEYS = {
-    "cpus_per_worker", "checkpoint_every_s", "checkpoint_every_steps", "keep_checkpoints", "max_restarts",
-    "stall_limit_s", "profile_steps", "remote",
-}  # fmt: skip
-
-
-def identity(recipe: Recipe, data_checksum: str) -> dict[str, Any]:
-    """The part of a recipe that decides a trial's result: no paths, no storage, nothing its method ignores."""
-    tree = recipe.to_dict()
-    method = recipe.search.method
-    if method == "full_precision":
-        tree["search"] = {"method": method}
-        del tree["finetune"]
-    elif method.startswith("uniform_"):
-        tree["search"] = {key: tree["search"][key] for key in _BASELINE_SEARCH_KEYS}
-    else:
-        ignored = {"sbs_prune": _QUANT_KEYS, "sbs_quant": _PRUNE_KEYS | {"prune_only_bits"}, "sbs": {"prune_only_bits"}}
-        tree["search"] = {k: v for k, v in tree["search"].items() if k not in ignored.get(method, set())}
-        tree["search"] = _named_drive(tree["search"])
-    tree["run"] = {k: v for k, v in tree["run"].items() if k not in _NEUTRAL_RUN_KEYS}
-    tree["data"] = {k: v for k, v in tree["data"].items() if k not in _NEUTRAL_DATA_KEYS} | {"checksum": data_checksum}
-    tree["model"]["weights"] = _digest_of_weights(recipe.model.weights)
-    tree["stage_format"] = STAGE_FORMAT
-    return tree
-
-
-def _named_drive(search: dict[str, Any]) -> dict[str, Any]:
-    """Of what can drive a search only what does; the last snapshot is meant where none is named."""
-    if search["snapshots"] and search["budget"] is None:
-        search = search | {"budget": search["snapshots"][-1]}
-    idle = {key for group in DRIVES for key in group if search[key.removeprefix("search.")] in (None, [])}
-    return {key: value for key, value in search.items() if f"search.{key}" not in idle}
-
-
-def trial_key(recipe: Recipe, data_checksum: str) -> str:
-    """Sixteen hex digits that name a trial: equal if and only if the same result is due."""
-    return digest(identity(recipe, data_checksum))
-
-
-def digest(tree: Any) -> str:
-    """Sixteen hex digits over plain data, independent of the order of its keys."""
-    return hashlib.sha256(json.dumps(tree, sort_keys=True, separators=(",", ":")).encode()).hexdigest()[:16]
-
-
-def trial_label(recipe: Recipe) -> str:
-    """A short name for people and folders, e.g. `resnet20-sbs-lambda0.3-seed0`."""
-    method = recipe.search.method
-    drive = f"-{drive_label(recipe.search)}" if searches(method) else ""
-    return f"{recipe.model.name}-{method}{drive}-seed{recipe.run.seed}"
-
-
-def drive_label(search: SearchConfig) -> str:
-    """What drives a search, in a word: `lambda0.3`, `budget0.05`, `gbops35`; snapshots are told from lone budgets."""
-    if search.lambda_ is not None:
-        return f"lambda{search.lambda_:g}"
-    if search.gbops is not None:
-        return f"gbops{search.gbops:g}"
-    return f"{'snapshot' if search.snapshots else 'budget'}{search.budget or search.snapshots[-1]:g}"
-
-
 def searches(method: str) -> bool:
     """Whether a method searches, under the pressure of lambda or towards a budget."""
     return not (method == "full_precision" or method.startswith("uniform_"))
@@ -398,11 +330,3 @@ def searches(method: str) -> bool:
 def scaled_lr(stage: TrainConfig, batch_size: int) -> float:
     """Learning rate of a stage at a global batch (linear rule)."""
     return stage.lr if stage.lr_batch_size is None else stage.lr * batch_size / stage.lr_batch_size
-
-
-def _digest_of_weights(weights: str | None) -> str | None:
-    if weights is None:
-        return None
-    path = require_file(Path(weights), "model.weights", "Give a state dict saved by torch.save, or leave the key out.")
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

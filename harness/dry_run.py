@@ -7,8 +7,9 @@ from typing import Any
 
 import torch
 
-from harness.config import Recipe, TrialSpec, trial_key, trial_label
+from harness.config import Recipe, TrialSpec
 from harness.context import Data
+from harness.identity import trial_key, trial_label
 from harness.stages import run
 
 _STEPS = 2

@@ -1,6 +1,7 @@
 """What a method's trial consists of: its stages, how each trains, and what each one's outcome depends on. Pure."""
 
-from harness.config import Recipe, SearchConfig, TrainConfig, digest, identity, searches
+from harness.config import Recipe, SearchConfig, TrainConfig, searches
+from harness.identity import digest, identity
 
 
 def plan(recipe: Recipe) -> tuple[str, ...]:

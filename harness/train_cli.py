@@ -8,8 +8,9 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from harness.config import Recipe, TrialSpec, load_recipe, trial_key, trial_label
+from harness.config import Recipe, TrialSpec, load_recipe
 from harness.data import ensure
+from harness.identity import trial_key, trial_label
 from harness.run_dir import RunDir
 from harness.settings import DEFAULT_RUNS_DIR, LEAVE_SIGNALS
 

@@ -5,7 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from harness.config import Recipe, TrialSpec, searches, trial_key, trial_label
+from harness.config import Recipe, TrialSpec, searches
+from harness.identity import trial_key, trial_label
 from harness.plan import chosen_budget
 from harness.run_dir import RunDir, read_json
 from harness.tracking.record import trial_dirs

@@ -13,7 +13,8 @@ from dataclasses import astuple, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from harness.config import digest, searches
+from harness.config import searches
+from harness.identity import digest
 from harness.run_dir import RunDir, read_json
 
 KEY_TAG = "harness.key"

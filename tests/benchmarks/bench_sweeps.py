@@ -17,7 +17,7 @@ from harness.tracking.copying import Place, sync_trial
 from harness.tracking.mirror import Mirror
 from harness.tracking.store import Store
 from tests.benchmarks.measure import Estimate, Row, estimate
-from tests.integration.test_tracking import Server
+from tests.integration.mlflow_stores import Server
 
 FINISHED_RUNS = 2000
 NOOP_TRIALS = 200

@@ -7,12 +7,14 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+from tests.integration.waiting import wait_for
 
 SPACE = """
 name = "tiny"
@@ -144,13 +146,6 @@ def processes_of(scratch: Path, command: bytes = b"") -> list[int]:
     return found
 
 
-def wait_until(condition: Callable[[], bool], limit_s: float = 120.0) -> None:
-    deadline = time.monotonic() + limit_s
-    while not condition():
-        assert time.monotonic() < deadline, "waited too long"
-        time.sleep(0.1)
-
-
 def read(path: Path) -> dict[str, bytes]:
     return {name: (path / f"pareto.{name}").read_bytes() for name in ("json", "csv", "md", "tex", "html", "png", "svg")}
 
@@ -249,7 +244,7 @@ def test_asked_to_leave_it_checkpoints_and_goes_on_later(bench: Bench, number: s
     bench.runs.mkdir()
     (bench.runs / "hold").touch()
     process = bench.start()
-    wait_until(lambda: any((bench.sweep / "trials").glob("*full_precision*/lives")))
+    wait_for(lambda: any((bench.sweep / "trials").glob("*full_precision*/lives")), 120, "the first trial")
     process.send_signal(number)
     output, _ = process.communicate(timeout=150)
     assert process.returncode == expected, output
@@ -269,10 +264,10 @@ def test_a_killed_driver_takes_its_processes_along_and_the_next_one_goes_on(benc
     bench.runs.mkdir()
     (bench.runs / "hold").touch()
     process = bench.start()
-    wait_until(lambda: any((bench.sweep / "trials").glob("*full_precision*/lives")))
+    wait_for(lambda: any((bench.sweep / "trials").glob("*full_precision*/lives")), 120, "the first trial")
     process.kill()
     process.communicate(timeout=30)
-    wait_until(lambda: not processes_of(bench.scratch, b"ray::ImplicitFunc"))
+    wait_for(lambda: not processes_of(bench.scratch, b"ray::ImplicitFunc"), 120, "the end of its workers")
     bench.patience_s = 60.0  # Ray's own agents look for their raylet every half minute
     (left,) = bench.scratch.glob("sbs-*")
     (bench.runs / "hold").unlink()

@@ -16,7 +16,7 @@ from harness.tracking import model
 from harness.tracking.copying import is_sent, sync_sweep, sync_trial
 from harness.tracking.mirror import Mirror
 from tests.integration.fake_trial import write_trial
-from tests.integration.test_tracking import PLACE, contents, spec, sqlite_store
+from tests.integration.mlflow_stores import PLACE, contents, spec, sqlite_store
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(400)]
 

@@ -10,7 +10,7 @@ from harness.tracking.copying import sync_trial
 from harness.tracking.store import Store
 from tests.integration import browser
 from tests.integration.fake_trial import write_trial
-from tests.integration.test_tracking import spec
+from tests.integration.mlflow_stores import spec
 
 pytestmark = [pytest.mark.integration, pytest.mark.chromium, pytest.mark.timeout(400)]
 

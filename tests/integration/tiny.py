@@ -7,10 +7,11 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from harness.config import Recipe, TrialSpec, apply_override, parse_recipe, trial_key, trial_label
+from harness.config import Recipe, TrialSpec, apply_override, parse_recipe
 from harness.data import data_checksum
 from harness.data.sources.imagefolder import ImageFolder
 from harness.data.writer import write
+from harness.identity import trial_key, trial_label
 
 CLASSES = 8
 RECIPE = """

@@ -10,15 +10,13 @@ from harness.config import (
     ModelName,
     Recipe,
     TrialSpec,
-    identity,
     load_recipe,
     parse_recipe,
     recipe_names,
     scaled_lr,
-    trial_key,
-    trial_label,
 )
 from harness.errors import UserError
+from harness.identity import identity, trial_key, trial_label
 
 
 def digits(*overrides: str):
@@ -215,7 +213,10 @@ def test_weights_count_by_content(tmp_path: Path):
 
 
 def test_key_is_stable_across_processes():
-    code = "from harness.config import *; print(trial_key(load_recipe('digits_resnet20'), 'c'))"
+    code = (
+        "from harness.config import load_recipe; from harness.identity import trial_key; "
+        "print(trial_key(load_recipe('digits_resnet20'), 'c'))"
+    )
     other = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
     assert other.stdout.strip() == trial_key(digits(), "c")
 

@@ -2,8 +2,8 @@ from pathlib import Path
 
 import pytest
 
-from harness.config import trial_key
 from harness.errors import UserError
+from harness.identity import trial_key
 from sweeps import folder
 from sweeps.plan import Planner
 from sweeps.space import Space, base_recipe

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from harness.config import trial_key
 from harness.errors import UserError
+from harness.identity import trial_key
 from sweeps import driver
 from sweeps.plan import Planner
 from tests.unit.sweeps.test_plan import claim, planner

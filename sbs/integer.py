@@ -42,8 +42,9 @@ def applies(x: Tensor, w: Tensor, geometry: Geometry) -> bool:
         and x.is_contiguous(memory_format=torch.channels_last)
         and x.numel() >= _PIXELS * x.shape[1]
         and geometry.groups == 1  # depth-wise ones are bound by memory, and gain nothing
-        and w[0].numel() * _BYTE_LEVELS**2 < _SUM_LIMIT
+        and w.shape[1:].numel() * _BYTE_LEVELS**2 < _SUM_LIMIT
         and not torch.compiler.is_compiling()
+        and torch.backends.mkldnn.enabled
         and available()
     )
 
@@ -54,12 +55,12 @@ def available() -> bool:
     if not torch.cpu.get_capabilities().get("avx512_vnni") or not torch.backends.mkldnn.is_available():
         return False
     shape = (1, 16, 3, 3)
-    x = torch.full(shape, _BYTE_LEVELS, dtype=torch.uint8).to(memory_format=torch.channels_last)
     try:
+        x = torch.full(shape, _BYTE_LEVELS, dtype=torch.uint8, device="cpu").to(memory_format=torch.channels_last)
         return all(
             # without the instructions, or with ONEDNN_MAX_CPU_ISA set below them, pairs of products saturate at 2**15
-            torch.equal(convolve(x, torch.full(shape, code), n, _POINT), torch.full((1, 1, 1, 1), 144 * 255 * code))
-            for code, n in ((127.0, 127), (-127.0, 127), (255.0, 255), (-255.0, 255))
+            convolve(x, torch.full(shape, code, device="cpu"), n, _POINT).item() == 144 * 255 * code
+            for code, n in ((127, 127), (-127, 127), (255, 255), (-255, 255))
         )
     except RuntimeError:  # operators that this build of torch lacks, or that take other arguments
         return False
@@ -78,7 +79,7 @@ def convolve(x: Tensor, w: Tensor, levels: int, geometry: Geometry) -> Tensor:
 
 def _window_sums(x: Tensor, w: Tensor, geometry: Geometry) -> Tensor:
     """The sum of codes under the weight's window, (N, 1, H', W'): over channels first, which leaves little."""
-    sums = _convolve(x, torch.ones((1, w.shape[1], 1, 1), dtype=torch.int8), _POINT)
+    sums = _convolve(x, w.new_ones((1, w.shape[1], 1, 1), dtype=torch.int8), _POINT)
     down, across = geometry.padding
     sums = functional.pad(sums.contiguous(), (across, across, down, down))
     for axis, size, step, apart in zip((2, 3), w.shape[2:], geometry.stride, geometry.dilation, strict=True):
@@ -89,9 +90,9 @@ def _window_sums(x: Tensor, w: Tensor, geometry: Geometry) -> Tensor:
 
 def _convolve(x: Tensor, w: Tensor, geometry: Geometry, factor: float = 1.0) -> Tensor:
     """factor * convolution of uint8 and int8, channels_last."""
-    factors = torch.full((len(w),), factor)
+    factors = w.new_full((len(w),), factor, dtype=torch.float32)
     packed = _ops.qconv_prepack(w, factors, 1.0, 0, *geometry, list(x.shape))
-    none = torch.zeros(len(w), dtype=torch.int64)
+    none = w.new_zeros(len(w), dtype=torch.int64)
     y: Tensor = _ops.qconv2d_pointwise(
         *(x, 1.0, 0, packed, factors, none, None, *geometry, 1.0, 0, torch.float32, "none", [], "")
     )

@@ -141,9 +141,17 @@ def _layer(channels: int = 8, **options):
 @needs_instructions
 @pytest.mark.parametrize(
     ("case", "count"),
-    [("channels_last", 1), ("contiguous", 0), ("few pixels", 0), ("depth-wise", 0), ("float64", 0), ("autocast", 0)],
+    [
+        ("channels_last", 1),
+        ("contiguous", 0),
+        ("few pixels", 0),
+        ("depth-wise", 0),
+        ("float64", 0),
+        ("autocast", 0),
+        ("without oneDNN", 0),
+    ],
 )
-def test_integers_serve_where_they_gain(convolutions, case, count):
+def test_integers_serve_where_they_gain(convolutions, monkeypatch, case, count):
     """The rest is left to floating point."""
     net = _layer(groups=8 if case == "depth-wise" else 1)
     x = networks.images(1 if case == "few pixels" else 4, SIZE // 2, 3)
@@ -151,9 +159,26 @@ def test_integers_serve_where_they_gain(convolutions, case, count):
         x = x.contiguous(memory_format=torch.channels_last)
     if case == "float64":
         net, x = net.double(), x.double()
+    monkeypatch.setattr(torch.backends.mkldnn, "enabled", case != "without oneDNN")
     with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16, enabled=case == "autocast"):
         net(x)
     assert len(convolutions) == count
+
+
+@needs_instructions
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_defaults_of_a_program_change_nothing(device):
+    """Neither its default type nor its default device."""
+    net, x = _layer(), networks.images(4, SIZE // 2, 3).contiguous(memory_format=torch.channels_last)
+    with torch.no_grad():
+        expected = net(x)
+        torch.set_default_dtype(torch.float64)
+        try:
+            with torch.device(device):
+                assert integer.available.__wrapped__()
+                assert torch.equal(net(x), expected)
+        finally:
+            torch.set_default_dtype(torch.float32)
 
 
 @needs_instructions

@@ -111,8 +111,10 @@ class _Trial:
 
     def run(self) -> dict[str, Any]:
         context, stages = self.context, plan(self.recipe)
-        search_space(self.recipe)  # what it refuses should not wait for the end of the pretraining
+        # what these refuse should not wait for the end of the pretraining, or of its first epoch
+        search_space(self.recipe)
         check_budgets(self.recipe)
+        context.val_loader()
         outcome, done = self._last_outcome(stages)
         configs = [stage_config(self.recipe, stage) for stage in stages[self.given is not None :]]
         context.total_steps = context.steps_per_epoch() * sum(config.epochs for config in configs if config)

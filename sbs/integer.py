@@ -44,7 +44,7 @@ def applies(x: Tensor, w: Tensor, geometry: Geometry) -> bool:
         and geometry.groups == 1  # depth-wise ones are bound by memory, and gain nothing
         and w.shape[1:].numel() * _BYTE_LEVELS**2 < _SUM_LIMIT
         and not torch.compiler.is_compiling()
-        and torch.backends.mkldnn.enabled
+        and bool(torch.backends.mkldnn.enabled)
         and available()
     )
 

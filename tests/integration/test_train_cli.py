@@ -55,3 +55,16 @@ def test_a_run_from_a_recipe_file(tmp_path: Path):
         gpus = harness("train", str(recipe), "--set", "run.gpus_per_worker=1", "--run-dir", str(tmp_path / "gpu"))
         assert gpus.returncode == 2
         assert "run.gpus_per_worker = 1, but this machine shows no CUDA device" in gpus.stderr
+
+
+@pytest.mark.ffcv
+def test_a_damaged_validation_split_is_seen_before_training(tmp_path: Path):
+    """Not after the first epoch, which takes hours elsewhere."""
+    data = tiny.write_data(tmp_path)
+    with (data / "val.beton").open("rb+") as file:
+        file.truncate((data / "val.beton").stat().st_size - 1)
+    done = harness("train", str(tiny.recipe_file(data)), "--run-dir", str(tmp_path / "run"))
+    assert done.returncode == 2
+    assert f"{data / 'val.beton'} has" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert RunDir(tmp_path / "run").metrics() == []

@@ -1,4 +1,7 @@
-"""Convolutions in 8-bit integers: exact against wider types, equal to floating point to the bit, refused elsewhere."""
+"""Convolutions in 8-bit integers: exact against wider types, equal to floating point to the bit, refused elsewhere.
+
+Exact arithmetic also stands in for the one call that needs the instructions: all around it is tested on any CPU.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +9,7 @@ import copy
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -22,6 +26,26 @@ SIZE = 24
 needs_instructions = pytest.mark.skipif(not integer.available(), reason="this CPU has no VNNI instructions")
 
 
+def _exactly(x: torch.Tensor, w: torch.Tensor, geometry: Geometry, factor: float = 1.0) -> torch.Tensor:
+    """What oneDNN computes for a uint8 and an int8 tensor; float64 holds every sum."""
+    assert (x.dtype, w.dtype) == (torch.uint8, torch.int8)
+    y = F.conv2d(x.double(), w.double(), None, *geometry)
+    return (factor * y.float()).contiguous(memory_format=torch.channels_last)
+
+
+@pytest.fixture(scope="module", params=[pytest.param("oneDNN", marks=needs_instructions), "stand-in"])
+def multiplier(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Who multiplies the bytes."""
+    with pytest.MonkeyPatch.context() as patch:
+        if request.param == "stand-in":
+            patch.setattr(integer, "_convolve", _exactly)
+            patch.setattr(integer, "available", lambda: True)
+        yield
+
+
+with_bytes = pytest.mark.usefixtures("multiplier")
+
+
 def _codes(shape: tuple[int, ...], levels: int, generator: torch.Generator) -> torch.Tensor:
     return torch.randint(0, levels + 1, shape, generator=generator)
 
@@ -35,7 +59,7 @@ def geometries(draw) -> tuple[Geometry, tuple[int, int]]:
     return Geometry(draw(pairs), padding, draw(pairs), 1), window
 
 
-@needs_instructions
+@with_bytes
 @settings(max_examples=60, deadline=None)
 @given(
     chosen=geometries(),
@@ -100,7 +124,7 @@ def convolutions(monkeypatch) -> list[int]:
     return seen
 
 
-@needs_instructions
+@with_bytes
 @pytest.mark.parametrize("train", [True, False])
 @pytest.mark.parametrize("compiled", [True, False])
 def test_networks_compute_the_same_in_integers_and_in_floats(convolutions, monkeypatch, train, compiled):
@@ -117,7 +141,7 @@ def test_networks_compute_the_same_in_integers_and_in_floats(convolutions, monke
         assert torch.equal(a, b)
 
 
-@needs_instructions
+@with_bytes
 @pytest.mark.parametrize("train", [True, False])
 def test_what_is_not_a_number_stays_so(train):
     """Integers have no NaN: one pixel of one image must not come out as a code."""
@@ -138,7 +162,7 @@ def _layer(channels: int = 8, **options):
     return sbs.compress(module, sbs.Policy.uniform(module, torch.zeros(1, 3, SIZE, SIZE), 4, 4))
 
 
-@needs_instructions
+@with_bytes
 @pytest.mark.parametrize(
     ("case", "count"),
     [

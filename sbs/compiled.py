@@ -33,8 +33,11 @@ class _Compiled:
     enabled = True
     _warned = False
 
-    def __init__(self, function: Kernel, cpu_options: Mapping[str, bool] = MappingProxyType({})) -> None:
+    def __init__(
+        self, function: Kernel, cpu_options: Mapping[str, bool] = MappingProxyType({}), *, reads_grid: bool = True
+    ) -> None:
         self.eager = function
+        self._reads_grid = reads_grid
         self._cpu_options = _OPTIONS | dict(cpu_options)
         self._made: dict[tuple[object, ...], Kernel] = {}
 
@@ -42,7 +45,7 @@ class _Compiled:
         # a subclass (FakeTensor, say) may have no memory that a library could read
         if not _Compiled.enabled or torch.compiler.is_compiling() or type(operand.x) is not Tensor:
             return self.eager(operand, form, *args)
-        if len(form.grid) == 1:  # whose only entry is in levels as well
+        if not self._reads_grid or len(form.grid) == 1:  # whose only entry is in levels as well
             form = form._replace(grid=_ONE_WIDTH)
         kind = _kind(operand, form, args)
         made = self._made.get(kind)
@@ -104,8 +107,8 @@ def use_compiled(enabled: bool) -> bool:
     return former
 
 
-encode = _Compiled(kernels.encode)
-encode_with_check = _Compiled(kernels.encode_with_check)
+encode = _Compiled(kernels.encode, reads_grid=False)
+encode_with_check = _Compiled(kernels.encode_with_check, reads_grid=False)
 encode_with_sums = _Compiled(kernels.encode_with_sums)
 residual_sums = _Compiled(kernels.residual_sums)
 backward = _Compiled(kernels.backward, _ONE_LOOP)

@@ -47,6 +47,8 @@ def kernel(
     tensors = _tensors(operand, args)
     kinds = [(str(t.dtype), [1 if size == 1 else 0 for size in t.shape], t.is_contiguous()) for t in tensors]
     options = _OPTIONS | dict(options)
+    # the cache of precompiled headers hashes with this program, and fails without it
+    options["aot_inductor.precompile_headers"] = shutil.which("openssl") is not None
     path = folder() / f"{function.__name__}-{_digest(form, statics, kinds, operand.gate is None, options)}.so"
     if not _is_sound(path):
         with _locked(path.with_suffix(".lock")):

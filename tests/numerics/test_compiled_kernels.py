@@ -172,6 +172,30 @@ def test_a_lock_that_is_never_left_ends_in_eager_kernels(tmp_path, monkeypatch, 
     assert not sbs.use_compiled(False)
 
 
+def test_encoding_is_made_once_for_all_candidate_widths(libraries):
+    """The one selected is an input; which ones compete matters for statistics and gradients alone."""
+    sbs.use_compiled(True)
+    for grid in ((3, 15), (1, 3, 15, 255), (15,)):
+        codes = compiled.encode(_operand(), FORM._replace(grid=grid), torch.float32)
+        assert torch.equal(codes, kernels.encode(_operand(), FORM, torch.float32))
+    assert libraries == ["encode"]
+
+
+def test_without_openssl_headers_are_not_precompiled(tmp_path, monkeypatch):
+    """The compiler's cache of headers wants that program; its lack must not cost the kernels."""
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(library.shutil, "which", lambda program: None)
+    run = subprocess.run
+
+    def without(command, *given, **options):
+        if command[0] == "openssl":
+            raise FileNotFoundError(2, "No such file or directory", "openssl")
+        return run(command, *given, **options)
+
+    monkeypatch.setattr(subprocess, "run", without)
+    _compare_encode()
+
+
 def test_every_type_is_a_kind_of_its_own_and_fake_tensors_have_no_memory():
     gated = _operand()._replace(x=torch.zeros(2, 3, 4), gate=torch.ones(1, 3, 1))
     operands = [gated, *(gated._replace(**{name: value.double()}) for name, value in gated._asdict().items())]

@@ -12,6 +12,7 @@ from torch import fx, nn
 
 from sbs.graph import NORMS
 from sbs.layers import AbsorbedReLU, is_hooked
+from sbs.modules import put
 from sbs.tracing import Tracer
 
 _LIMITS: dict[type[nn.Module], float] = {nn.ReLU: math.inf, nn.ReLU6: 6.0}
@@ -56,11 +57,11 @@ def _module(model: nn.Module, node: fx.Node) -> nn.Module | None:
 
 def absorb(net: nn.Module, relu: str) -> None:
     """Let the ReLU of that name pass its input on; the layer behind it must compute it (`QuantSettings.relu`)."""
-    net.set_submodule(relu, AbsorbedReLU(net.get_submodule(relu)))
+    put(net, relu, AbsorbedReLU(net.get_submodule(relu)))
 
 
 def restore(net: nn.Module) -> None:
     """Put back, in place, every ReLU that was absorbed."""
     for name, m in list(net.named_modules()):
         if isinstance(m, AbsorbedReLU):
-            net.set_submodule(name, m.original)
+            put(net, name, m.original)

@@ -1,5 +1,6 @@
 """Start values from data: clips, gate statistics, and batch norms under quantisation (ours)."""
 
+import warnings
 from collections.abc import Iterable
 
 import torch
@@ -9,6 +10,7 @@ from sbs.errors import SbsError
 from sbs.graph import NORMS
 from sbs.layers import QuantizedLayer
 from sbs.memory import spread
+from sbs.modules import unwrapped
 from sbs.ranks import average
 from sbs.space import levels
 from sbs.supernet import SuperNet
@@ -26,11 +28,9 @@ def calibrate(net: nn.Module, batches: Iterable[Tensor]) -> None:
     A layer with several candidate bit-widths starts at the 99.9% quantile; a fixed-bit layer at the clip with the least
     squared error for its bits. Where torch.distributed is initialised the results are averaged over the ranks, so ranks
     may bring different batches (as many each). Train and eval modes are left as they were.
-    Raises SbsError without a batch.
+    Raises SbsError without a batch, and for batches that are no finite images.
     """
-    images = list(batches)
-    if not images:
-        raise SbsError("calibrate() got no batch; give at least one batch of training images")
+    net, images = unwrapped(net), _images(batches)
     modes = {m: m.training for m in net.modules()}
     layers = [m for m in net.modules() if isinstance(m, QuantizedLayer)]
     norms = [m for m in net.modules() if isinstance(m, NORMS) and m.track_running_stats]
@@ -43,6 +43,7 @@ def calibrate(net: nn.Module, batches: Iterable[Tensor]) -> None:
         for layer in layers:
             if layer.quantizes_weight:
                 layer.set_clip("weight", _weight_clip(layer))
+        _warn_of_means(net)
         _observe(net, layers, images)
         _estimate_norms(net, norms, images)
     finally:
@@ -56,6 +57,23 @@ def calibrate(net: nn.Module, batches: Iterable[Tensor]) -> None:
         net.start_statistics()
 
 
+def _images(batches: Iterable[Tensor]) -> list[Tensor]:
+    if isinstance(batches, Tensor):
+        raise SbsError("calibrate() takes a list of batches, not one tensor: calibrate(net, [images])")
+    images = list(batches)
+    if not images:
+        raise SbsError("calibrate() got no batch; give at least one batch of training images")
+    for x in images:
+        if not isinstance(x, Tensor):
+            raise SbsError(
+                f"calibrate() takes batches of images, and got a {type(x).__name__}: of a loader of images and labels "
+                "take the images, as in [images for images, labels in loader]"
+            )
+        if not bool(x.isfinite().all()):
+            raise SbsError("calibrate() got a batch with values that are infinite or no numbers: leave it out")
+    return images
+
+
 def _observe(net: nn.Module, layers: list[QuantizedLayer], images: list[Tensor]) -> None:
     """One pass with the float weights; every quantiser's clip from what reaches it."""
     for layer in layers:
@@ -63,11 +81,17 @@ def _observe(net: nn.Module, layers: list[QuantizedLayer], images: list[Tensor])
     for x in images:
         net(x)
     clips = []
+    names = {m: name for name, m in net.named_modules()}
     for layer in layers:
         values = spread(torch.cat(layer.observed or [torch.ones(1)]), _SAMPLE)
         layer.observed = None
         bits = layer.settings.activation_bits
         signed = layer.settings.signed
+        if not signed and float(values.min()) < 0:
+            raise SbsError(
+                f"module {names[layer]!r} gets negative values, though nothing in the network's graph makes them: "
+                "forward() changes a tensor in place that others read. Write y = y + z instead of y += z there"
+            )
         clips.append(_best_clip(values, bits[0], signed) if len(bits) == 1 else torch.quantile(values, CLIP_QUANTILE))
     if not clips:
         return
@@ -99,6 +123,18 @@ def _weight_clip(layer: QuantizedLayer) -> Tensor:
     if len(bits) == 1:
         return _best_clip(standard, bits[0], True)
     return torch.quantile(standard, CLIP_QUANTILE).clamp_min(1e-6)  # constant weights have no spread
+
+
+def _warn_of_means(net: nn.Module) -> None:
+    """The method subtracts the weights' mean: what follows must do without (a batch norm or a softmax does)."""
+    layers = [(n, m.kept_weight()) for n, m in net.named_modules() if isinstance(m, QuantizedLayer)]
+    large = [repr(name) for name, w in layers if abs(float(w.mean())) > float(w.std(correction=0))]
+    if large:
+        warnings.warn(
+            f"the weights of {', '.join(large)} have a mean beyond their standard deviation, and quantising subtracts "
+            "it (docs/method.md, section 1): train with it from the start, or check the accuracy after calibrating",
+            stacklevel=4,
+        )
 
 
 def _best_clip(values: Tensor, bits: int, signed: bool) -> Tensor:

@@ -8,20 +8,24 @@ from torch import Tensor, nn
 
 from sbs.absorb import restore
 from sbs.calibrate import calibrate
+from sbs.errors import SbsError
 from sbs.gates import selected
 from sbs.graph import NORMS, NetworkGraph, analyze
 from sbs.layers import QuantizedLayer, QuantSettings, from_float
+from sbs.modules import first_parameter, put, unwrapped
 from sbs.policy import LayerPolicy, Policy
 from sbs.space import FULL_PRECISION_BITS
-from sbs.supernet import SuperNet
+from sbs.supernet import SuperNet, supernet_of
+from sbs.tracing import check_calls, check_unhooked
 
 
 def freeze(net: SuperNet) -> Policy:
     """The policy that the super-network's gates stand for now (what it computes in evaluation)."""
+    net = supernet_of(net, "freeze")
     rows = {name: i for i, name in enumerate(net.searched)}
-    weight = selected(net.weight_gates.open).tolist()
-    activation = selected(net.activation_gates.open).tolist()
-    channels = net.channel_gates_of(net.channel_gates.open) if net.group_slices else []
+    weight = selected(net.weight_gates.decided()).tolist()
+    activation = selected(net.activation_gates.decided()).tolist()
+    channels = net.channel_gates_of(net.channel_gates.decided()) if net.group_slices else []
     layers = []
     for info in net.graph.layers:
         bits = (net.space.first_last_bits,) * 2
@@ -62,24 +66,32 @@ def compress(
     are unset until `calibration` batches are given or a state dict is loaded. example_input: (N, C, H, W), by default
     of the policy's input_shape. Raises SbsError for a policy of another network.
     """
+    if not isinstance(policy, Policy):
+        raise SbsError(f"compress() takes a Policy, not {policy!r}: Policy.load() reads one from a file")
+    net_or_model = unwrapped(net_or_model)
     if isinstance(net_or_model, SuperNet):
         model, graph = net_or_model.model, net_or_model.graph
     else:
         model = net_or_model
-        parameter = next(model.parameters())
+        if any(isinstance(m, QuantizedLayer) and m.given_codes() for m in model.modules()):
+            raise SbsError("this network came from an exported file and is for inference alone: compress its original")
+        parameter = first_parameter(model)
         if example_input is None:
             example_input = torch.zeros(1, *policy.input_shape, device=parameter.device, dtype=parameter.dtype)
         graph = analyze(model, example_input)
     policy.checked(graph)
     result = copy.deepcopy(model)
     restore(result)
+    names = [info.name for info in graph.layers]
+    check_unhooked(result, names)
     kept = [_index(policy, graph, i) for i in range(len(graph.groups))]
     for info, rows, columns in graph.kept(kept):
         choice = policy.layer(info.name)
         source = result.get_submodule(info.name)
         assert isinstance(source, nn.Conv2d | nn.Linear)
         settings = QuantSettings((choice.weight_bits,), (choice.activation_bits,), info.signed, info.image)
-        result.set_submodule(info.name, _fixed_layer(source, settings, rows, columns))
+        put(result, info.name, _fixed_layer(source, settings, rows, columns))
+    check_calls(result, names)
     for group, channels in zip(graph.groups, kept, strict=True):
         for norm in group.norms:
             _slice_norm(result.get_submodule(norm), channels)
@@ -103,7 +115,10 @@ def _fixed_layer(
     fixed = from_float(layer, settings)
     if isinstance(source, QuantizedLayer):
         for name in ("weight_clip", "activation_clip", "weight_clip_floor", "activation_clip_floor"):
-            getattr(fixed, name).copy_(getattr(source, name))
+            ours, theirs = getattr(fixed, name), getattr(source, name)
+            ours.copy_(theirs)
+            if isinstance(ours, nn.Parameter) and isinstance(theirs, nn.Parameter):
+                ours.requires_grad_(theirs.requires_grad)
     return fixed
 
 
@@ -133,9 +148,9 @@ def _slice_layer(m: nn.Conv2d | nn.Linear, rows: Tensor | None, columns: Tensor 
         )
     else:
         layer = nn.Linear(weight.shape[1], weight.shape[0], bias is not None, **options)
-    layer.weight = nn.Parameter(weight.clone())
-    if bias is not None:
-        layer.bias = nn.Parameter(bias.clone())
+    layer.weight = nn.Parameter(weight.clone(), requires_grad=m.weight.requires_grad)
+    if m.bias is not None and bias is not None:
+        layer.bias = nn.Parameter(bias.clone(), requires_grad=m.bias.requires_grad)
     layer.train(m.training)
     return layer
 
@@ -148,6 +163,8 @@ def _slice_norm(norm: nn.Module, rows: Tensor | None) -> None:
     rows = rows.to(norm.weight.device if norm.affine else torch.device("cpu"))
     norm.num_features = len(rows)
     if norm.affine:
-        norm.weight, norm.bias = nn.Parameter(norm.weight.detach()[rows]), nn.Parameter(norm.bias.detach()[rows])
+        for name in ("weight", "bias"):
+            whole = getattr(norm, name)
+            setattr(norm, name, nn.Parameter(whole.detach()[rows], requires_grad=whole.requires_grad))
     if norm.track_running_stats:
         norm.running_mean, norm.running_var = norm.running_mean[rows], norm.running_var[rows]  # type: ignore[index]

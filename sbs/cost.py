@@ -15,6 +15,7 @@ from torch import nn
 from sbs.convert import policy_of
 from sbs.errors import SbsError
 from sbs.graph import LayerInfo, NetworkGraph, analyze
+from sbs.modules import first_parameter, unwrapped
 from sbs.policy import Policy
 from sbs.space import FULL_PRECISION_BITS
 from sbs.supernet import SuperNet
@@ -116,6 +117,7 @@ def cost(
     convention or a policy of another network.
     """
     check_convention(convention)
+    net_or_model = unwrapped(net_or_model)
     graph = trace(net_or_model, input_shape)
     policy = policy_of(net_or_model, graph) if policy is None else policy.checked(graph)
     return cost_of(graph, policy, _norm_tensors(net_or_model, graph), convention)
@@ -123,10 +125,12 @@ def cost(
 
 def trace(net_or_model: nn.Module, input_shape: tuple[int, ...]) -> NetworkGraph:
     """The graph of any network of ours for images of `input_shape` (C, H, W)."""
-    model = net_or_model.model if isinstance(net_or_model, SuperNet) else net_or_model
-    parameter = next(model.parameters())
+    sizes = input_shape if isinstance(input_shape, tuple | list | torch.Size) else ()
+    if len(sizes) not in (1, 3) or not all(type(n) is int and n > 0 for n in sizes):
+        raise SbsError(f"input_shape={input_shape!r}: give (channels, height, width) of one image, as (3, 224, 224)")
+    parameter = first_parameter(net_or_model)
     image = torch.zeros(1, *input_shape, device=parameter.device, dtype=parameter.dtype)
-    return analyze(model, image)
+    return net_or_model.graph_for(image) if isinstance(net_or_model, SuperNet) else analyze(net_or_model, image)
 
 
 @dataclass(frozen=True)

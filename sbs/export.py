@@ -4,6 +4,7 @@ Layout: the 8 bytes b"SBSNET01", the header's length and the CRC-32 of it and of
 endian), the header (zlib, JSON), the payload.
 """
 
+import hashlib
 import json
 import math
 import zlib
@@ -17,13 +18,17 @@ from torch import Tensor, nn
 from sbs.convert import compress
 from sbs.errors import SbsError
 from sbs.layers import QuantizedLayer
+from sbs.modules import unwrapped
 from sbs.policy import LayerPolicy, Policy
 from sbs.space import levels
 from sbs.supernet import SuperNet
+from sbs.tracing import operations
 from sbs.weights import encode, moments
 
 MAGIC = b"SBSNET01"
-_DTYPES = {str(t).removeprefix("torch."): t for t in (torch.float32, torch.float64, torch.bfloat16, torch.float16)}
+_FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+_WHOLE = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool)
+_DTYPES = {str(t).removeprefix("torch."): t for t in (*_FLOATS, *_WHOLE)}
 
 
 def pack(values: Tensor, bits: int) -> bytes:
@@ -47,6 +52,7 @@ def export(net: nn.Module, path: str | Path) -> None:
 
     The file is within a few per cent of cost(net).bytes. Raises SbsError if no layer of `net` is quantised.
     """
+    net = unwrapped(net)
     layers = {name: m for name, m in net.named_modules() if isinstance(m, QuantizedLayer)}
     if not layers:
         raise SbsError(f"{type(net).__name__} has no quantised layer; export what sbs.compress() returned")
@@ -57,7 +63,12 @@ def export(net: nn.Module, path: str | Path) -> None:
     for name, shape, bits, dtype, data in _tensors(net, layers):
         entries.append({"name": name, "shape": shape, "bits": bits, "dtype": dtype, "bytes": len(data)})
         payload += data
-    header = {"model": type(net).__name__, "layers": _shapes(net, layers), "tensors": entries}
+    header = {
+        "model": type(net).__name__,
+        "layers": _shapes(net, layers),
+        "structure": _structure(net),
+        "tensors": entries,
+    }
     packed = zlib.compress(json.dumps(header, separators=(",", ":")).encode(), 9)
     body = packed + bytes(payload)
     length = len(packed).to_bytes(4, "little")
@@ -75,6 +86,8 @@ def _tensors(
         if name in skipped or name.endswith("num_batches_tracked"):
             continue
         dtype = str(tensor.dtype).removeprefix("torch.")
+        if tensor.dtype not in _DTYPES.values():
+            raise SbsError(f"{name} is {dtype}, which an exported file does not hold; known: {', '.join(_DTYPES)}")
         if name not in quantized:
             yield name, list(tensor.shape), None, dtype, _raw(tensor)
             continue
@@ -113,6 +126,17 @@ def _shapes(net: nn.Module, layers: dict[str, QuantizedLayer]) -> list[list[Any]
     return rows
 
 
+def _structure(net: nn.Module) -> str:
+    """A digest of what the network does around its tensors: operations in order, the geometry and signs of layers."""
+    geometry = [
+        (name, m.kernel_size, m.stride, m.padding, m.dilation, m.groups)
+        for name, m in net.named_modules()
+        if isinstance(m, nn.Conv2d)
+    ]
+    signs = [(name, m.settings.signed) for name, m in net.named_modules() if isinstance(m, QuantizedLayer)]
+    return hashlib.sha256(repr((operations(net), geometry, signs)).encode()).hexdigest()[:16]
+
+
 @torch.no_grad()
 def load_exported(path: str | Path, model: nn.Module, example_input: Tensor) -> nn.Module:
     """Rebuild an exported network for inference: `model` is a float network of the same kind, unpruned.
@@ -128,16 +152,23 @@ def load_exported(path: str | Path, model: nn.Module, example_input: Tensor) -> 
     )
     policy = Policy(header["model"], tuple(example_input.shape[1:]), layers)
     net = compress(model, policy, example_input=example_input)
+    if header.get("structure") != _structure(net):
+        raise SbsError(
+            f"{path}: the network that was exported computes something else around the same layers (activations, "
+            f"strides, the order of operations): build {header['model']} as it was then"
+        )
     tensors = {entry["name"]: _decode(entry, data) for entry, data in _chunks(header["tensors"], payload)}
-    state = net.state_dict()
+    state, codes_of_layers = net.state_dict(), []
     for name, m in net.named_modules():
         if isinstance(m, QuantizedLayer) and m.quantizes_weight:
             (bits,) = m.settings.weight_bits
             codes, scale = 2 * tensors[f"{name}.weight"] - levels(bits), tensors.pop(f"{name}.weight.scale")
             tensors[f"{name}.weight"] = scale * codes / levels(bits)
-            m.give_codes(codes, scale)
+            codes_of_layers.append((m, codes, scale))
     state.update(tensors)
     net.load_state_dict(state)
+    for m, codes, scale in codes_of_layers:
+        m.give_codes(codes, scale)
     return net.eval().requires_grad_(False)
 
 

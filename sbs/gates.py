@@ -21,16 +21,16 @@ class HardGate(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, thresholds: Tensor, statistic: Tensor, gates: Tensor) -> Tensor:
         """All of one shape; `gates` holds zeros and ones."""
-        ctx.save_for_backward(thresholds, statistic)
+        s = torch.sigmoid(statistic - thresholds)
+        ctx.save_for_backward(s * (1 - s))  # the buffers themselves may be written before the backward pass
         return gates.clone()
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
         """The gradient for the thresholds alone."""
-        thresholds, statistic = ctx.saved_tensors
-        s = torch.sigmoid(statistic - thresholds)
-        return -grads[0] * s * (1 - s), None, None
+        (slope,) = ctx.saved_tensors
+        return -grads[0] * slope, None, None
 
 
 class GateBank(nn.Module):
@@ -55,8 +55,12 @@ class GateBank(nn.Module):
 
     def gates(self) -> Tensor:
         """The decided gates, zeros and ones, differentiable in the thresholds."""
-        gates: Tensor = HardGate.apply(self.thresholds, self.statistic, self.open)
+        gates: Tensor = HardGate.apply(self.thresholds, self.statistic, self.decided())
         return gates
+
+    def decided(self) -> Tensor:
+        """The same, detached. A network whose buffers were averaged over steps has the gates of most of them."""
+        return (self.open >= 0.5).to(self.open.dtype)
 
     def margin(self) -> Tensor:
         """Statistic minus threshold: how far each gate is from its flip."""

@@ -14,9 +14,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
+from torch.fx.passes.shape_prop import TensorMetadata
 
 from sbs.errors import SbsError
-from sbs.tracing import SUPPORTED, check_conv, check_plain, trace, warn_of_idle_layers
+from sbs.tracing import SUPPORTED, check_conv, check_plain, read_by_idle_layers, trace
 
 NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.SyncBatchNorm)
 _NONNEGATIVE = (nn.ReLU, nn.ReLU6, nn.Sigmoid, nn.Hardsigmoid)
@@ -24,14 +25,18 @@ _SIGNED = (nn.LeakyReLU, nn.GELU, nn.SiLU, nn.Hardswish, nn.ELU, nn.Tanh, nn.PRe
 _POOLS = (nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d)
 _TRANSPARENT = (nn.Dropout, nn.Dropout2d, nn.Identity, nn.Flatten, *_POOLS)
 _MIXING = (nn.GroupNorm,)
+# the same memory comes out that goes in
+_ALIASES = (nn.Identity, nn.Flatten, nn.Dropout, nn.Dropout2d)
 _NONNEGATIVE_CALLS = {torch.relu, F.relu, F.relu6, torch.sigmoid, F.sigmoid, "relu", "relu_", "sigmoid"}
 _SIGNED_CALLS = {F.leaky_relu, F.gelu, F.silu, F.hardswish, F.elu, torch.tanh, "tanh"}
 _POOL_CALLS = {F.max_pool2d, F.avg_pool2d, F.adaptive_avg_pool2d, F.adaptive_max_pool2d, "boolean_dispatch"}
 _RESHAPES = {torch.flatten, "flatten", "view", "reshape", "contiguous", torch.reshape}
 _TRANSPARENT_CALLS = {F.dropout, F.dropout2d, *_POOL_CALLS, *_RESHAPES}
 _ADDS = {operator.add, operator.iadd, torch.add, "add", "add_"}
+_ADDS_IN_PLACE = {operator.iadd, "add_"}
+_PRODUCTS = {operator.mul, torch.mul, "mul"}
 _MEANS = {torch.mean, "mean"}
-_SHAPE_CALLS = {"size", "dim", getattr, operator.getitem, operator.mul, operator.floordiv}
+_SHAPE_CALLS = {"size", "dim", getattr, operator.getitem, operator.floordiv}
 
 
 @dataclass(frozen=True)
@@ -100,6 +105,9 @@ def analyze(model: nn.Module, example_input: Tensor) -> NetworkGraph:
 
     Raises SbsError naming the module or operation that cannot be handled, and why.
     """
+    if not isinstance(example_input, Tensor) or example_input.dim() not in (2, 4):
+        given = tuple(example_input.shape) if isinstance(example_input, Tensor) else example_input
+        raise SbsError(f"example_input is {given!r}: give a batch of images, a tensor (N, C, H, W)")
     parameter = next(model.parameters(), None)
     if parameter is not None:
         example_input = example_input.to(parameter.device, parameter.dtype)
@@ -120,11 +128,15 @@ class _Analysis:
         self._check_calls()
         if not self.layer_nodes:
             raise SbsError(f"{type(model).__name__} has no Conv2d or Linear layer: there is nothing to compress")
-        warn_of_idle_layers(model, set(self.layer_nodes))
+        self.held = read_by_idle_layers(model, set(self.layer_nodes))
 
-    @staticmethod
-    def _is_tensor(node: fx.Node) -> bool:
-        return "tensor_meta" in node.meta and node.op not in ("output", "get_attr")
+    def _is_tensor(self, node: fx.Node) -> bool:
+        if "tensor_meta" not in node.meta or node.op in ("output", "get_attr"):
+            return False
+        if not isinstance(node.meta["tensor_meta"], TensorMetadata):
+            what = f"module {node.target!r} ({type(m).__name__})" if (m := self._module(node)) else repr(node.target)
+            raise SbsError(f"{what} returns several tensors, which is not supported: {SUPPORTED}")
+        return True
 
     def _module(self, node: fx.Node) -> nn.Module | None:
         return self.modules[str(node.target)] if node.op == "call_module" else None
@@ -145,7 +157,7 @@ class _Analysis:
     def _check(self, node: fx.Node) -> None:
         m = self._module(node)
         if m is None:
-            known = _NONNEGATIVE_CALLS | _SIGNED_CALLS | _TRANSPARENT_CALLS | _ADDS | _MEANS | _SHAPE_CALLS
+            known = _NONNEGATIVE_CALLS | _SIGNED_CALLS | _TRANSPARENT_CALLS | _ADDS | _PRODUCTS | _MEANS | _SHAPE_CALLS
             if node.op != "placeholder" and self._call(node) not in known:
                 raise SbsError(f"operation {node.name!r} ({node.target}) is not supported: {SUPPORTED}")
             return
@@ -166,7 +178,7 @@ class _Analysis:
         owner: dict[int, str] = {}
         for node in self.nodes:
             m = self._module(node)
-            if m is None or not any(True for _ in m.parameters()):
+            if m is None or not (isinstance(m, NORMS) or any(True for _ in m.parameters())):
                 continue
             for parameter in m.parameters():
                 first = owner.setdefault(id(parameter), str(node.target))
@@ -178,7 +190,8 @@ class _Analysis:
             if str(node.target) in seen:
                 raise SbsError(
                     f"module {node.target!r} ({type(m).__name__}) is called more than once in forward(): "
-                    "weights shared between places cannot have one bit-width each; make them separate modules"
+                    "what is shared between places cannot have one bit-width, or statistics, each; make them separate "
+                    "modules"
                 )
             seen.add(str(node.target))
 
@@ -197,20 +210,30 @@ class _Analysis:
 
     def _nonnegative(self, node: fx.Node) -> bool:
         m, call = self._module(node), self._call(node)
+        if len(node.users) > 1 and self._is_added_to(node):
+            return False
         if isinstance(m, _NONNEGATIVE) or call in _NONNEGATIVE_CALLS:
             return True
-        if call in _ADDS and any(v < 0 for v in (*node.args, *node.kwargs.values()) if isinstance(v, int | float)):
+        arithmetic = call in _ADDS | _PRODUCTS
+        if arithmetic and any(v < 0 for v in (*node.args, *node.kwargs.values()) if isinstance(v, int | float)):
             return False  # a negative constant, or alpha
-        if isinstance(m, _TRANSPARENT) or call in _TRANSPARENT_CALLS or call in _MEANS or call in _ADDS:
+        if isinstance(m, _TRANSPARENT) or arithmetic or call in _TRANSPARENT_CALLS | _MEANS:
             return all(self._nonnegative(n) for n in self._inputs(node))
         return False
 
-    def _from_image(self, node: fx.Node) -> bool:
+    def _is_added_to(self, node: fx.Node) -> bool:
+        """Whether a sum is written into the node's memory, which others may read under the node's name."""
+        aliases = [u for u in node.users if isinstance(self._module(u), _ALIASES) or self._call(u) in _RESHAPES]
+        added = any(self._call(u) in _ADDS_IN_PLACE and u.args[0] is node for u in node.users)
+        return added or any(self._is_added_to(u) for u in aliases)
+
+    def _from_image(self, node: fx.Node, *, through: tuple[type[nn.Module], ...] = ()) -> bool:
+        """Whether a tensor is the image but for operations without parameters, and modules of the types `through`."""
         if node.op == "placeholder":
             return True
         m = self._module(node)
-        parametric = m is not None and any(True for _ in m.parameters())
-        return not parametric and all(self._from_image(n) for n in self._inputs(node))
+        parametric = m is not None and not isinstance(m, through) and any(True for _ in m.parameters())
+        return not parametric and all(self._from_image(n, through=through) for n in self._inputs(node))
 
     def _is_last(self, node: fx.Node) -> bool:
         """Whether a layer ends a path: its output is a result itself, or a summand of one that no other layer reads.
@@ -258,7 +281,8 @@ class _Analysis:
                 shape = self._shape(user)
                 features = shape[1] if len(shape) > 1 else 0
                 flattened = isinstance(m, nn.Flatten) or call in _RESHAPES
-                if features == 0 or features % channels or (not flattened and features != channels * repeat):
+                joined = len(shape) > 1 and shape[0] != self._shape(node)[0]  # images that become one
+                if joined or features == 0 or features % channels or (not flattened and features != channels * repeat):
                     found.stays = True
                 else:
                     self._follow(user, channels, found, features // channels)
@@ -286,7 +310,8 @@ class _Analysis:
             found = _Found()
             self._follow(node, channels, found)
             # a norm over flattened maps would need its own repeat; no known network has one
-            if found.stays or not found.consumers or any(r != 1 for _, r in found.norms):
+            held = not self.held.isdisjoint((name, *found.followers))
+            if held or found.stays or not found.consumers or any(r != 1 for _, r in found.norms):
                 continue
             for layer in (name, *found.followers):
                 member[layer] = len(groups)
@@ -310,7 +335,7 @@ class _Analysis:
                     **_sizes(m, self._shape(node)),
                     signed=not self._nonnegative(before),
                     image=image,
-                    edge=image or self._is_last(node),
+                    edge=self._from_image(before, through=NORMS) or self._is_last(node),
                     source=group,
                     repeat=repeat,
                     group=member.get(name),

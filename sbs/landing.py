@@ -7,7 +7,7 @@ from torch import Tensor
 
 from sbs.errors import SbsError
 from sbs.gates import effective_bits, selected
-from sbs.supernet import SuperNet
+from sbs.supernet import SuperNet, supernet_of
 
 Gates = dict[str, Tensor]
 """Open gates (zeros and ones, float64, on the CPU) by bank: weight_gates, activation_gates, channel_gates."""
@@ -32,6 +32,7 @@ def bops_range(net: SuperNet) -> tuple[float, float]:
 
     Where the last channel group of a layer is short, a policy that keeps it alone may be cheaper than the fewest.
     """
+    net = supernet_of(net, "bops_range")
     gates = _gates_of(net)
     dearest = {name: torch.ones_like(gate) for name, gate in gates.items()}
     cheapest = {name: torch.zeros_like(gate) for name, gate in gates.items()}
@@ -46,6 +47,7 @@ def bops_range(net: SuperNet) -> tuple[float, float]:
 
 def bops_of(net: SuperNet) -> float:
     """BOPs of the gates of `net` as they stand: a sum of whole numbers, the same to the last bit on every rank."""
+    net = supernet_of(net, "bops_of")
     return _bops(net, _gates_of(net))
 
 
@@ -56,6 +58,7 @@ def land(net: SuperNet, bops: float, tolerance: float = 0.03) -> Landing:
     steps are too coarse for the band the nearest cost that was met is returned; `net` itself stays as it is. Raises
     SbsError for a budget that no policy of the space can meet.
     """
+    net = supernet_of(net, "land")
     low, high = bops_range(net)
     if not low * (1 - tolerance) <= bops <= high * (1 + tolerance):
         raise SbsError(
@@ -152,7 +155,7 @@ class _Walk:
 
 
 def _gates_of(net: SuperNet) -> Gates:
-    return {name: getattr(net, name).open.detach().double().cpu().clone() for name in _BANKS}
+    return {name: getattr(net, name).decided().double().cpu() for name in _BANKS}
 
 
 def _closable(net: SuperNet, is_open: Tensor) -> list[int]:

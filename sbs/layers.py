@@ -32,6 +32,13 @@ class LayerContext:
     channel_gate: Tensor | None = None
     collect: bool = False
 
+    def __reduce__(self) -> tuple[type[None], tuple[()]]:
+        """A copy of a network is within no forward pass: None stands for its contexts."""
+        return type(None), ()
+
+
+_FIXED = LayerContext()
+
 
 @dataclass(frozen=True)
 class QuantSettings:
@@ -68,7 +75,7 @@ class QuantizedLayer(nn.Module):
         """Give a float layer its clips and its (empty) bookkeeping."""
         self.check_type()
         self.settings = settings
-        self.context = LayerContext()
+        self.context: LayerContext | None = None
         self.kept_out: Tensor | None = None
         self.kept_in: Tensor | None = None
         self.pending_activation: tuple[Tensor, Tensor] | None = None
@@ -101,6 +108,20 @@ class QuantizedLayer(nn.Module):
             )
 
     @property
+    def chooses(self) -> bool:
+        """Whether gates decide what the layer computes, which only its super-network knows."""
+        s = self.settings
+        return len(s.weight_bits) > 1 or len(s.activation_bits) > 1 or s.gate_mode is not GateMode.NONE
+
+    def _context(self) -> LayerContext:
+        if self.context is None and self.chooses:
+            raise SbsError(
+                "a layer of a super-network was called outside the network's forward(): call the super-network itself, "
+                "not its `model` or a part of that"
+            )
+        return self.context or _FIXED
+
+    @property
     def quantizes_weight(self) -> bool:
         """Whether the weight is quantised (else full precision)."""
         return self.settings.weight_bits != (FULL_PRECISION_BITS,)
@@ -120,6 +141,7 @@ class QuantizedLayer(nn.Module):
     def give_codes(self, codes: Tensor, scale: Tensor) -> None:
         """Take codes and scale from a file in place of the weight's own (inference alone)."""
         self._given_codes, self._given_scale = codes.to(self.weight), scale.to(self.weight)
+        self.register_load_state_dict_pre_hook(_forget_codes)
 
     def given_codes(self) -> WeightCodes | None:
         """What give_codes() left, if anything."""
@@ -138,7 +160,7 @@ class QuantizedLayer(nn.Module):
 
     def _weight_side(self) -> tuple[Side, Tensor]:
         """The weight's side and its scale v_w * std, statistics detached and over the kept weights alone."""
-        c = self.context
+        c = self._context()
         selected = self._weight_levels if c.weight_levels is None else c.weight_levels
         quantized = c.weight or self.given_codes()
         if quantized is None:
@@ -149,7 +171,7 @@ class QuantizedLayer(nn.Module):
         return Side(form, selected, quantized.shift, codes=quantized.codes), quantized.scale
 
     def _activation_side(self) -> Side:
-        c, s = self.context, self.settings
+        c, s = self._context(), self.settings
         grid = tuple(levels(b) for b in s.activation_bits)
         selected = self._activation_levels if c.activation_levels is None else c.activation_levels
         mode = s.gate_mode if c.channel_gate is not None else GateMode.NONE
@@ -158,7 +180,14 @@ class QuantizedLayer(nn.Module):
     def apply_quantized(self, x: Tensor, affine: Affine) -> Tensor:
         """The layer's output for input `x`, bias included; leaves the residual sums in `pending_activation`."""
         self.check_type()
-        c = self.context
+        if not x.is_floating_point():
+            raise SbsError(f"a quantised layer got an input of {x.dtype}: give images as floating point, normalised")
+        if self._given_codes is not None and self.weight.requires_grad and torch.is_grad_enabled():
+            raise SbsError(
+                "this network came from an exported file and is for inference alone: to go on training, start from the "
+                "network that was exported, or load a state dict"
+            )
+        c = self._context()
         if self.observed is not None:
             x = x if self.settings.relu is None else x.clamp(0, self.settings.relu)
             self.observed.append(_sample(x, self.settings.signed))
@@ -176,7 +205,7 @@ class QuantizedLayer(nn.Module):
         return y if self.bias is None else self._add_bias(y)
 
     def _quantized(self, x: Tensor, affine: Affine, gate: Tensor | None) -> Tensor:
-        c = self.context
+        c = self._context()
         x_side = self._activation_side() if self.quantizes_activation else None
         w_side, w_scale = self._weight_side() if self.quantizes_weight else (None, self._zero)
         x_gates = self._no_gates if c.activation_gates is None else c.activation_gates
@@ -244,6 +273,20 @@ class QuantLinear(nn.Linear, QuantizedLayer):
         return self.apply_quantized(x, LINEAR)
 
 
+@torch.no_grad()
+def clamp_clips(model: nn.Module) -> None:
+    """Keep every clip at or above 1e-3 of its start (ours)."""
+    layers = [m for m in model.modules() if isinstance(m, QuantizedLayer)]
+    clips = [c for m in layers for c in (m.weight_clip, m.activation_clip)]
+    floors = [f for m in layers for f in (m.weight_clip_floor, m.activation_clip_floor)]
+    if clips:
+        torch._foreach_maximum_(clips, floors)
+
+
+def _forget_codes(layer: QuantizedLayer, *_: object) -> None:
+    layer._given_codes = layer._given_scale = None  # noqa: SLF001 - they were another weight's
+
+
 def is_hooked(m: nn.Module) -> bool:
     """Whether somebody looks at what goes through the module."""
     hooks = (m._forward_hooks, m._forward_pre_hooks, m._backward_hooks, m._backward_pre_hooks)  # noqa: SLF001
@@ -272,14 +315,14 @@ def from_float(m: nn.Module, settings: QuantSettings) -> QuantConv2d | QuantLine
 
 @torch.no_grad()
 def _adopt(layer: QuantConv2d | QuantLinear, m: nn.Conv2d | nn.Linear, settings: QuantSettings) -> None:
-    layer.weight = nn.Parameter(m.weight.detach().clone())
+    layer.weight = nn.Parameter(m.weight.detach().clone(), requires_grad=m.weight.requires_grad)
     if m.bias is not None:
-        layer.bias = nn.Parameter(m.bias.detach().clone())
+        layer.bias = nn.Parameter(m.bias.detach().clone(), requires_grad=m.bias.requires_grad)
     layer.train(m.training)
     layer.setup(settings)
 
 
 def _sample(x: Tensor, signed: bool) -> Tensor:
-    """A sample of |x| (signed) or max(x, 0)."""
+    """A sample of |x| (signed) or x."""
     values = spread(x.detach().reshape(-1), 2**16).float()
-    return values.abs() if signed else values.clamp_min(0)
+    return values.abs() if signed else values

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from sbs.errors import SbsError
 from sbs.gates import GateBank, effective_bits
-from sbs.layers import QuantizedLayer
-from sbs.supernet import SuperNet, clamp_clips
+from sbs.layers import QuantizedLayer, clamp_clips
+from sbs.supernet import SuperNet, supernet_of
 
 Gradient = Literal["joint", "weights", "activations"]
 GRADIENTS = ("joint", "weights", "activations")
@@ -23,8 +23,7 @@ def bop_penalty(net: SuperNet, gradient: Gradient = "joint") -> Tensor:
     gradient: which bit gates get a gradient, "weights", "activations" or both; the paper's code alternates between the
     two from step to step. Channel gates always get theirs.
     """
-    if not isinstance(net, SuperNet):
-        raise SbsError(f"bop_penalty() takes the super-network that prepare() returned, not a {type(net).__name__}")
+    net = supernet_of(net, "bop_penalty")
     if gradient not in GRADIENTS:
         raise SbsError(f"gradient={gradient!r} is unknown; use one of {', '.join(GRADIENTS)}")
     weight = _bits(net, "weight", gradient in ("joint", "weights"))
@@ -38,7 +37,7 @@ def _bits(net: SuperNet, side: str, differentiable: bool) -> Tensor:
     bank: GateBank = getattr(net, f"{side}_gates")
     bits: tuple[int, ...] = getattr(net.space, f"{side}_bits")
     if bank.thresholds.shape[1]:
-        gates = bank.gates() if differentiable else bank.open
+        gates = bank.gates() if differentiable else bank.decided()
         searched = effective_bits(gates, bits)
     else:
         searched = bank.open.new_full((len(net.searched),), float(bits[0]))
@@ -94,6 +93,7 @@ def telemetry(net: SuperNet) -> dict[str, float]:
 
     gates/margin_* is the smallest |statistic - threshold| of a kind; gates/flips counts since the search began.
     """
+    net = supernet_of(net, "telemetry")
     result: dict[str, float] = {}
     flips = 0
     for side in ("weight", "activation", "channel"):
@@ -104,12 +104,12 @@ def telemetry(net: SuperNet) -> dict[str, float]:
         result[f"gates/margin_{side}"] = float(bank.margin().abs().min())
         result[f"gates/threshold_{side}"] = float(bank.thresholds.detach().mean())
         if side == "channel":
-            result["gates/open_channel"] = float(bank.open.mean())
+            result["gates/open_channel"] = float(bank.decided().mean())
             continue
         bits: tuple[int, ...] = getattr(net.space, f"{side}_bits")
-        reached = bank.open.cumprod(dim=1).mean(dim=0)
+        reached = bank.decided().cumprod(dim=1).mean(dim=0)
         for b, share in zip(bits[1:], reached.tolist(), strict=True):
             result[f"gates/open_{side}_{b}"] = share
-        result[f"gates/mean_{side}_bits"] = float(effective_bits(bank.open, bits).mean())
+        result[f"gates/mean_{side}_bits"] = float(effective_bits(bank.decided(), bits).mean())
     result["gates/flips"] = float(flips)
     return result

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from sbs.errors import SbsError
 from sbs.export import codes_of
 from sbs.layers import QuantizedLayer
+from sbs.modules import put, unwrapped
 from sbs.space import levels
 from sbs.supernet import SuperNet
 
@@ -70,10 +71,11 @@ def plain(net: nn.Module) -> nn.Module:
 
     No class of ours is left in its graph after torch.export. Raises SbsError for a super-network.
     """
+    net = unwrapped(net)
     if isinstance(net, SuperNet):
         raise SbsError("a super-network has no plain form; freeze it and compress it first")
     result = copy.deepcopy(net)
     for name, layer in net.named_modules():
         if isinstance(layer, QuantizedLayer):
-            result.set_submodule(name, PlainLayer(layer))
+            put(result, name, PlainLayer(layer))
     return result.eval().requires_grad_(False)

@@ -95,9 +95,9 @@ class Policy:
         choice = self.layer(info.name)
         for key in ("weight_bits", "activation_bits"):
             bits = getattr(choice, key)
-            if bits != FULL_PRECISION_BITS and not 1 <= bits <= MAX_QUANTIZED_BITS:
+            if type(bits) is not int or (bits != FULL_PRECISION_BITS and not 1 <= bits <= MAX_QUANTIZED_BITS):
                 raise SbsError(
-                    f"policy, layer {info.name!r}: {key}={bits}; "
+                    f"policy, layer {info.name!r}: {key}={bits!r}; "
                     f"use 1 to {MAX_QUANTIZED_BITS}, or {FULL_PRECISION_BITS}"
                 )
         if choice.kept is None:

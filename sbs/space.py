@@ -73,8 +73,8 @@ class SearchSpace:
             raise SbsError(f"prune={self.prune!r}: say True or False")
         if type(self.group_size) is not int or self.group_size < 1:
             raise SbsError(f"group_size={self.group_size!r}: give a whole number of channels, at least 1")
-        if not 0 <= self.max_prune_share < 1:
-            raise SbsError(f"max_prune_share={self.max_prune_share}: give a share in [0, 1), for example 0.5")
+        if not isinstance(self.max_prune_share, int | float) or not 0 <= self.max_prune_share < 1:
+            raise SbsError(f"max_prune_share={self.max_prune_share!r}: give a share in [0, 1), for example 0.5")
         if self.edge_bits != FULL_PRECISION_BITS:
             check_bits((self.edge_bits,), "edge_bits")
 

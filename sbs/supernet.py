@@ -2,26 +2,29 @@
 
 import copy
 import math
+import warnings
 from collections.abc import Iterator
-from typing import NamedTuple
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
-from sbs.absorb import absorb, absorbable, restore
+from sbs.absorb import absorb, absorbable
 from sbs.errors import SbsError
 from sbs.gates import HYSTERESIS, MOMENTUM, GateBank, decide, selected
 from sbs.graph import NetworkGraph, analyze
 from sbs.kernels import GateMode
-from sbs.layers import LayerContext, QuantConv2d, QuantizedLayer, QuantLinear, QuantSettings, from_float
+from sbs.layers import LayerContext, QuantizedLayer, clamp_clips, from_float
 from sbs.mac_table import MacTable
-from sbs.memory import dense, memory_view
+from sbs.modules import first_parameter, put, unwrapped
 from sbs.ranks import agree
+from sbs.settings import settings_of
 from sbs.space import FULL_PRECISION_BITS, SearchSpace, describe, levels
-from sbs.weights import WeightCodes, encode, moments, statistics
+from sbs.tracing import check_calls, check_unhooked
+from sbs.weights import Snapshot, WeightCodes, encode, moments, statistics
 
-# r is at most half a coarse step: r**2 / (s**2 / 12) <= 3
-MAX_BIT_STATISTIC = 3.0
+# r is at most half a coarse step: r**2 / (s**2 / 12) <= 3; beyond the band, or a gate at that value could never close
+MAX_BIT_THRESHOLD = 3.0 + 2 * HYSTERESIS
 
 
 class SuperNet(nn.Module):
@@ -35,15 +38,15 @@ class SuperNet(nn.Module):
         self, model: nn.Module, space: SearchSpace, graph: NetworkGraph, *, absorb_relus: bool = False
     ) -> None:
         super().__init__()
+        self.training = model.training
         self.space, self.graph = space, graph
         self.model = copy.deepcopy(model)
-        restore(self.model)
         self._quantize(absorbable(self.model) if absorb_relus else {})
         self.searched = tuple(info.name for info in graph.layers if not info.edge)
-        device = next(model.parameters()).device
+        device = first_parameter(model).device
         rows = len(self.searched)
-        self.weight_gates = GateBank(rows, len(space.weight_bits) - 1, maximum=MAX_BIT_STATISTIC).to(device)
-        self.activation_gates = GateBank(rows, len(space.activation_bits) - 1, maximum=MAX_BIT_STATISTIC).to(device)
+        self.weight_gates = GateBank(rows, len(space.weight_bits) - 1, maximum=MAX_BIT_THRESHOLD).to(device)
+        self.activation_gates = GateBank(rows, len(space.activation_bits) - 1, maximum=MAX_BIT_THRESHOLD).to(device)
         self.group_slices = _slices(graph, space) if space.prune else ()
         total = self.group_slices[-1][1] if self.group_slices else 0
         self.channel_gates = GateBank(total, maximum=math.inf).to(device)
@@ -52,7 +55,8 @@ class SuperNet(nn.Module):
         self._rows = {name: i for i, name in enumerate(self.searched)}
         self._kept_for: tuple[torch.device, Tensor] | None = None
         self._kept_version: tuple[int, int] | None = None
-        self._left_moments: _LeftMoments | None = None
+        self._left_moments: tuple[Snapshot, tuple[list[Tensor], list[Tensor]]] | None = None
+        self._has_start = False
         for side in ("weight", "activation"):
             bits = getattr(space, f"{side}_bits")
             steps = torch.tensor([float(levels(b)) for b in bits], device=device)
@@ -61,19 +65,18 @@ class SuperNet(nn.Module):
 
     def _quantize(self, relus: dict[str, tuple[str, float]]) -> None:
         """Replace every layer by its quantised one; relus: those that layers can compute, and their limits."""
-        edge = (self.space.first_last_bits,)
+        names = [info.name for info in self.graph.layers]
+        check_unhooked(self.model, names)
         for info in self.graph.layers:
-            weight_bits, activation_bits = self.space.weight_bits, self.space.activation_bits
-            if info.edge:
-                weight_bits = activation_bits = edge
+            layer = self.model.get_submodule(info.name)
             relu, limit = relus.get(info.name, (None, None))
-            if relu is not None and activation_bits == (FULL_PRECISION_BITS,):
-                relu, limit = None, None
-            if relu is not None:
+            settings = settings_of(info, self.space, limit)
+            if settings.activation_bits == (FULL_PRECISION_BITS,):
+                settings = replace(settings, relu=None)
+            elif relu is not None:
                 absorb(self.model, relu)
-            mode = gate_mode(self.graph, info.name)
-            settings = QuantSettings(weight_bits, activation_bits, info.signed, info.image, mode, limit)
-            self.model.set_submodule(info.name, from_float(self.model.get_submodule(info.name), settings))
+            put(self.model, info.name, from_float(layer, settings))
+        check_calls(self.model, names)
 
     def get_extra_state(self) -> Tensor:
         """The search space in figures, part of the state dict: gates of another space would fit in shape alone."""
@@ -107,22 +110,49 @@ class SuperNet(nn.Module):
             members[gate, : len(own)] = own
         self.register_buffer("_group_members", members.to(device), persistent=False)
 
-    def layers(self) -> Iterator[tuple[str, QuantConv2d | QuantLinear]]:
+    def layers(self) -> Iterator[tuple[str, QuantizedLayer]]:
         """Name and module of every quantised layer, in order of execution."""
         for info in self.graph.layers:
             layer = self.model.get_submodule(info.name)
-            assert isinstance(layer, QuantConv2d | QuantLinear)
+            assert isinstance(layer, QuantizedLayer)
             yield info.name, layer
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, C, H, W) -> logits, with the gates as they were decided after the last step."""
+        self._warn_without_start()
         self._set_contexts()
         try:
             output: Tensor = self.model(x)
         finally:
-            for _, layer in self.layers():
-                layer.context = LayerContext()
+            # kept for the backward pass, in which activation checkpointing runs layers again
+            if not torch.is_grad_enabled() or torch.compiler.is_compiling():
+                self._clear_contexts()
         return output
+
+    def _clear_contexts(self) -> None:
+        for _, layer in self.layers():
+            layer.context = None
+
+    def _warn_without_start(self) -> None:
+        if self._has_start or not self.training or not torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return
+        self._has_start = True
+        warnings.warn(
+            "this super-network trains from clips of 1 and made-up gate statistics: call sbs.calibrate(net, batches) "
+            "before the first step",
+            stacklevel=4,
+        )
+
+    @torch.no_grad()
+    def graph_for(self, image: Tensor) -> NetworkGraph:
+        """The graph for images (1, C, H, W) of another size than the network was prepared with."""
+        if tuple(image.shape[1:]) == self.graph.input_shape:
+            return self.graph
+        self._set_contexts()
+        try:
+            return analyze(self.model, image)
+        finally:
+            self._clear_contexts()
 
     def channel_gates_of(self, gates: Tensor) -> list[Tensor]:
         """Gate per channel of every ChannelGroup from the vector of all group gates."""
@@ -152,7 +182,7 @@ class SuperNet(nn.Module):
         bank: GateBank = getattr(self, f"{side}_gates")
         if bank.thresholds.shape[1] == 0:
             return [(None, None)] * len(self.searched)
-        chosen = getattr(self, f"_{side}_steps")[selected(bank.open)]
+        chosen = getattr(self, f"_{side}_steps")[selected(bank.decided())]
         return list(zip(bank.gates().unbind(0), chosen.unbind(0), strict=True))
 
     def _weight_codes(self) -> dict[str, WeightCodes]:
@@ -162,17 +192,15 @@ class SuperNet(nn.Module):
             return {}
         means, stds = self._moments(layers)
         scales = [layer.weight_clip * std for layer, std in zip(layers, stds, strict=True)]
-        steps = self._weight_steps[selected(self.weight_gates.open)].unbind(0)
+        steps = self._weight_steps[selected(self.weight_gates.decided())].unbind(0)
         codes = encode([layer.weight for layer in layers], means, scales, steps)
         return {name: WeightCodes(*c) for name, *c in zip(self.searched, means, scales, codes, strict=True)}
 
     def _moments(self, layers: list[QuantizedLayer]) -> tuple[list[Tensor], list[Tensor]]:
         """Mean and deviation of the kept weights; those that after_step left serve the next training pass, once."""
         left, self._left_moments = self._left_moments, None
-        # some values, too: writing through `.data`, as one would all of a weight, raises no version
-        versions = _versions(layers)
-        if left and self.training and left.versions == versions and torch.equal(left.samples, _samples(layers)):
-            return left.moments
+        if left and self.training and left[0].holds([layer.weight for layer in layers]):
+            return left[1]
         return moments([layer.kept_weight() for layer in layers])
 
     # -- after each optimiser step
@@ -189,6 +217,7 @@ class SuperNet(nn.Module):
 
         One all-reduce of a few numbers per gate where torch.distributed is initialised.
         """
+        self._clear_contexts()
         clamp_clips(self.model)
         for bank in (self.weight_gates, self.activation_gates, self.channel_gates):
             bank.clamp()
@@ -202,6 +231,7 @@ class SuperNet(nn.Module):
         """Take the gate statistics from what calibration collected, in place of the running means; no gate moves."""
         self._update_statistics(momentum=1.0)
         self.refresh_kept()
+        self._has_start = True
 
     def _update_statistics(self, momentum: float) -> None:
         """Statistics of this step's weights and batches, the same on all ranks."""
@@ -245,7 +275,8 @@ class SuperNet(nn.Module):
         layers = self._searched_layers()
         kept = [layer.kept_weight() for layer in layers]
         means, stds = moments(kept)
-        self._left_moments = _LeftMoments(_versions(layers), _samples(layers), (means, stds))
+        if not torch.is_inference_mode_enabled():  # whose tensors no later step can use
+            self._left_moments = Snapshot.of([layer.weight for layer in layers]), (means, stds)
         scales = [layer.weight_clip * std for layer, std in zip(layers, stds, strict=True)]
         grid = tuple(levels(b) for b in self.space.weight_bits)
         self.weight_gates.statistic.copy_(statistics(kept, means, scales, grid))
@@ -296,10 +327,11 @@ class SuperNet(nn.Module):
         gates_open = self.channel_gates.open
         # whoever writes the buffer (a state dict, an averaged model, a broadcast) raises its version
         version = (gates_open._version, gates_open.data_ptr())  # noqa: SLF001
-        if not self.group_slices or version == self._kept_version:
+        # writing through `.data` does not; in training that would cost a transfer to the host in every step
+        if not self.group_slices or (self.training and version == self._kept_version):
             return
         self._kept_version = version
-        device, is_open = gates_open.device, gates_open.cpu().clone()
+        device, is_open = gates_open.device, self.channel_gates.decided().cpu()
         if self._kept_for is not None and self._kept_for[0] == device and torch.equal(self._kept_for[1], is_open):
             return
         self._kept_for, self._left_moments = (device, is_open), None
@@ -311,27 +343,17 @@ class SuperNet(nn.Module):
             layer.kept_in = None if columns is None else columns.to(device)
 
 
-class _LeftMoments(NamedTuple):
-    """Moments of the kept weights, and what tells whether the weights are still those."""
-
-    versions: list[tuple[int, int]]
-    samples: Tensor
-    moments: tuple[list[Tensor], list[Tensor]]
-
-
-def _samples(layers: list[QuantizedLayer]) -> Tensor:
-    """Values from all over every weight, 64 or a few more of each."""
-    flat = [memory_view(dense(layer.weight.detach()), False) for layer in layers]
-    return torch.cat([w[:: max(1, len(w) // 64)] for w in flat])
-
-
-def _versions(layers: list[QuantizedLayer]) -> list[tuple[int, int]]:
-    """The state of the weights: an in-place update raises the version, a move to another device changes the address."""
-    return [(layer.weight._version, layer.weight.data_ptr()) for layer in layers]  # noqa: SLF001
-
-
 def _refresh_after_load(net: SuperNet, _: object) -> None:
+    net._has_start = True  # noqa: SLF001
     net.refresh_kept()
+
+
+def supernet_of(net: nn.Module, caller: str) -> SuperNet:
+    """The super-network, out of what wraps it; SbsError naming the caller where there is none."""
+    found = unwrapped(net)
+    if not isinstance(found, SuperNet):
+        raise SbsError(f"{caller}() takes the super-network that prepare() returned, not a {type(found).__name__}")
+    return found
 
 
 def prepare(model: nn.Module, space: SearchSpace, example_input: Tensor, *, absorb_relus: bool = False) -> SuperNet:
@@ -343,31 +365,12 @@ def prepare(model: nn.Module, space: SearchSpace, example_input: Tensor, *, abso
     be from before the ReLU.
     Raises SbsError naming the module that cannot be handled, and why.
     """
+    if not isinstance(space, SearchSpace):
+        raise SbsError(f"prepare() takes a SearchSpace, for example sbs.SearchSpace(), not {space!r}")
+    model = unwrapped(model)
+    if isinstance(model, SuperNet):
+        raise SbsError("this network is a super-network already; prepare() takes the float network")
     return SuperNet(model, space, analyze(model, example_input), absorb_relus=absorb_relus)
-
-
-def gate_mode(graph: NetworkGraph, name: str) -> GateMode:
-    """Where the channel gate of a layer's input acts.
-
-    Before the quantiser of an unsigned consumer and after that of a signed one (a signed grid has no zero); in the
-    statistics alone for the depth-wise convolution inside a group, whose output its consumers gate.
-    """
-    info = graph.layer(name)
-    if info.kind == "depthwise" and info.group is not None:
-        return GateMode.STATISTICS
-    if info.source is None:
-        return GateMode.NONE
-    return GateMode.AFTER if info.signed else GateMode.BEFORE
-
-
-@torch.no_grad()
-def clamp_clips(model: nn.Module) -> None:
-    """Keep every clip at or above 1e-3 of its start (ours)."""
-    layers = [m for m in model.modules() if isinstance(m, QuantizedLayer)]
-    clips = [c for m in layers for c in (m.weight_clip, m.activation_clip)]
-    floors = [f for m in layers for f in (m.weight_clip_floor, m.activation_clip_floor)]
-    if clips:
-        torch._foreach_maximum_(clips, floors)
 
 
 def _slices(graph: NetworkGraph, space: SearchSpace) -> tuple[tuple[int, int], ...]:

@@ -1,17 +1,21 @@
 """Tracing a network with torch.fx, and what of its modules is refused or warned of before anything is made of it."""
 
+import contextlib
+import copy
+import io
 import warnings
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor, fx, nn
 from torch.fx.passes.shape_prop import ShapeProp
 
 from sbs.errors import SbsError
-from sbs.layers import AbsorbedReLU, QuantConv2d, QuantLinear
+from sbs.layers import AbsorbedReLU, QuantConv2d, QuantLinear, is_hooked
 
 SUPPORTED = (
     "networks are made of Conv2d, Linear, batch or group norm, element-wise activations, pooling, dropout, "
-    "flatten and addition. Replace it, or keep that part outside the compressed network"
+    "flatten, addition and multiplication. Replace it, or keep that part outside the compressed network"
 )
 
 
@@ -25,30 +29,85 @@ class Tracer(fx.Tracer):
 
 def trace(model: nn.Module, example_input: Tensor) -> fx.GraphModule:
     """The traced network in evaluation mode, with the shape of every tensor; SbsError where that is not possible."""
-    training = {m: m.training for m in model.modules()}
-    model.eval()
     try:
-        graph = Tracer().trace(model)
-        traced = fx.GraphModule(model, graph)
-        with torch.no_grad():
-            ShapeProp(traced).propagate(example_input)
+        with _evaluating(model):
+            traced = fx.GraphModule(model, Tracer().trace(model))
+            # it prints the trace of what it raises anew
+            with torch.no_grad(), contextlib.redirect_stderr(io.StringIO()):
+                ShapeProp(traced).propagate(example_input)
     except SbsError:
         raise
     except Exception as error:
         raise SbsError(
             f"{type(model).__name__} cannot be traced with torch.fx on an input of shape {tuple(example_input.shape)}: "
-            f"{error}. The input must fit the network, and control flow that depends on values cannot be in forward()"
+            f"{error.__cause__ or error}. The input must fit the network, and control flow that depends on values "
+            "cannot be in forward()"
         ) from error
+    return traced
+
+
+@contextlib.contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """In evaluation mode, and back to each module's own."""
+    training = {m: m.training for m in model.modules()}
+    model.eval()
+    try:
+        yield
     finally:
         for m, mode in training.items():
             m.training = mode
-    return traced
+
+
+def operations(model: nn.Module) -> list[str]:
+    """What forward() does in evaluation, in order: kinds of modules and names of functions."""
+    with _evaluating(model):
+        nodes = list(Tracer().trace(model).nodes)
+    kinds = []
+    for node in nodes:
+        if node.op == "call_module":
+            kinds.append(type(model.get_submodule(str(node.target))).__name__)
+        elif node.op in ("call_function", "call_method"):
+            kinds.append(getattr(node.target, "__name__", str(node.target)))
+    return kinds
+
+
+def check_unhooked(model: nn.Module, names: list[str]) -> None:
+    """Refuse hooks on modules that are to be replaced: they may be part of what the network computes."""
+    for name in names:
+        m = model.get_submodule(name)
+        if is_hooked(m):
+            raise SbsError(
+                f"module {name!r} ({type(m).__name__}) has hooks, which would be lost with it: remove them, and "
+                "register them again on the layer that takes its place"
+            )
+
+
+def check_calls(model: nn.Module, names: list[str]) -> None:
+    """Raise SbsError unless forward() calls the modules of these names, which took the place of others.
+
+    It would not where it keeps the old ones in a list or a closure of its own.
+    """
+    try:
+        with _evaluating(model):
+            called = {node.target for node in Tracer().trace(model).nodes if node.op == "call_module"}
+        reason = ""
+    except Exception as error:  # noqa: BLE001 - of forward(), which may be anybody's
+        called, reason = set(), f" ({error})"
+    missing = [repr(name) for name in names if name not in called]
+    if missing:
+        raise SbsError(
+            f"{type(model).__name__}.forward() does not call its quantised {', '.join(missing[:4])} but what they took "
+            f"the place of{reason}: keep layers in attributes or an nn.ModuleList, not in a plain list, dict or closure"
+        )
+
+
+_FORWARDS = {c.forward for c in (nn.Conv2d, nn.Linear, QuantConv2d, QuantLinear)}
 
 
 def check_plain(name: str, m: nn.Conv2d | nn.Linear) -> None:
     """Refuse what replacing the module would lose: a forward() of its own, a reparametrised weight."""
-    plain = (nn.Conv2d.forward, nn.Linear.forward, QuantConv2d.forward, QuantLinear.forward)
-    if type(m).forward not in plain:
+    convolution = getattr(type(m), "_conv_forward", nn.Conv2d._conv_forward)  # noqa: SLF001
+    if type(m).forward not in _FORWARDS or convolution is not nn.Conv2d._conv_forward:  # noqa: SLF001
         raise SbsError(f"module {name!r} ({type(m).__name__}) has a forward() of its own: use a plain Conv2d or Linear")
     if "weight" not in m._parameters:  # noqa: SLF001  a parametrisation hides it there
         raise SbsError(
@@ -64,13 +123,31 @@ def check_conv(name: str, m: nn.Conv2d) -> None:
         raise SbsError(f"module {name!r} (Conv2d) has padding={m.padding!r}: give the number of pixels instead")
 
 
-def warn_of_idle_layers(model: nn.Module, called: set[str]) -> None:
-    """Not refused: a head that only training calls is no part of the network that will be used."""
-    layers = [name for name, m in model.named_modules() if isinstance(m, nn.Conv2d | nn.Linear)]
-    idle = [repr(name) for name in layers if name not in called]
-    if idle:
-        warnings.warn(
-            f"{type(model).__name__} does not call {', '.join(idle)} in evaluation: such layers stay in full "
-            "precision and are not counted. If they are left over, delete them from the network",
-            stacklevel=5,  # whoever called prepare()
-        )
+def read_by_idle_layers(model: nn.Module, called: set[str]) -> set[str]:
+    """Which of the `called` layers are read by layers that evaluation does not call: their channels must stay.
+
+    Not refused but warned of: a head that only training calls is no part of the network that will be used.
+    """
+    idle = [n for n, m in model.named_modules() if isinstance(m, nn.Conv2d | nn.Linear) and n not in called]
+    if not idle:
+        return set()
+    warnings.warn(
+        f"{type(model).__name__} does not call {', '.join(map(repr, idle))} in evaluation: such layers stay in full "
+        "precision and are not counted. If they are left over, delete them from the network",
+        stacklevel=5,  # whoever called prepare()
+    )
+    try:
+        nodes = Tracer().trace(copy.deepcopy(model).train()).nodes
+    except Exception:  # noqa: BLE001 - control flow that cannot be followed, in training alone
+        return called
+    found: set[str] = set()
+    ahead = [n for node in nodes if node.op == "call_module" and node.target in idle for n in node.all_input_nodes]
+    seen = set(ahead)
+    while ahead:
+        node = ahead.pop()
+        if node.op == "call_module" and node.target in called:
+            found.add(str(node.target))
+            continue
+        ahead += [n for n in node.all_input_nodes if n not in seen]
+        seen.update(node.all_input_nodes)
+    return found

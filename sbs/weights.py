@@ -15,6 +15,8 @@ from sbs import compiled
 from sbs.kernels import Form, GateMode, Operand
 from sbs.memory import dense, memory_view, restore
 
+# what a snapshot keeps of each weight, and a few more
+_SAMPLES = 64
 _MIN_STD = 1e-8
 # above this many elements one fused pass beats the batched element-wise ones
 _LARGE = 2**16
@@ -27,6 +29,35 @@ class WeightCodes:
     shift: Tensor
     scale: Tensor
     codes: Tensor
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """What tells whether weights are still those of a moment ago."""
+
+    versions: list[tuple[int, int]]
+    samples: Tensor
+
+    @classmethod
+    def of(cls, weights: Sequence[Tensor]) -> "Snapshot":
+        """Of weights as they are now."""
+        return cls(_versions(weights), _samples(weights))
+
+    def holds(self, weights: Sequence[Tensor]) -> bool:
+        """Whether the same weights have been left alone since."""
+        # some values, too: writing through `.data`, as one would all of a weight, raises no version
+        return self.versions == _versions(weights) and torch.equal(self.samples, _samples(weights))
+
+
+def _versions(weights: Sequence[Tensor]) -> list[tuple[int, int]]:
+    """An in-place update raises the version, a move to another device changes the address."""
+    return [(w._version, w.data_ptr()) for w in weights]
+
+
+def _samples(weights: Sequence[Tensor]) -> Tensor:
+    """Values from all over every weight."""
+    flat = [memory_view(dense(w.detach()), False) for w in weights]
+    return torch.cat([w[:: max(1, len(w) // _SAMPLES)] for w in flat])
 
 
 def moments(kept: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:

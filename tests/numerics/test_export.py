@@ -99,6 +99,71 @@ def test_a_file_of_another_network_or_of_another_kind_is_refused(exported, tmp_p
         sbs.load_exported(tmp_path / "other.sbs", sbs.models.build("resnet20", 10), torch.zeros(1, 3, size, size))
 
 
+class Variant(networks.Residual):
+    """The same layers and tensors; something around them, or of their geometry, is another."""
+
+    def __init__(self, kind: str):
+        super().__init__()
+        self.kind = kind
+        if kind == "dilation":
+            conv = next(m for m in self.modules() if isinstance(m, torch.nn.Conv2d) and m.padding == (1, 1))
+            conv.padding = conv.dilation = (2, 2)
+        if kind == "activation":
+            names = [n for n, m in self.named_modules() if isinstance(m, torch.nn.ReLU)]
+            self.set_submodule(names[-1], torch.nn.ReLU6())
+
+    def forward(self, x):
+        return super().forward(x if self.kind != "operation" else x + 0.5)
+
+
+@pytest.mark.parametrize("kind", ["same", "dilation", "activation", "operation"])
+def test_a_network_that_computes_something_else_around_its_layers_is_refused(kind, tmp_path):
+    net = states.searched(networks.Residual(), 8, seed=3, group_size=2)
+    small = sbs.compress(net, sbs.freeze(net)).eval()
+    sbs.export(small, tmp_path / "net.sbs")
+    x = networks.images(4, 8, 1)
+    if kind != "same":
+        with pytest.raises(SbsError, match=r"net\.sbs: the network that was exported computes something else"):
+            sbs.load_exported(tmp_path / "net.sbs", Variant(kind), x)
+    else:
+        assert torch.equal(sbs.load_exported(tmp_path / "net.sbs", Variant(kind), x)(x), small(x))
+
+
+def test_a_loaded_network_is_for_inference_until_other_weights_are_loaded(tmp_path):
+    net = states.searched(networks.Residual(), 8, seed=3, group_size=2)
+    policy = sbs.freeze(net)
+    small = sbs.compress(net, policy).eval()
+    sbs.export(small, tmp_path / "net.sbs")
+    x = networks.images(4, 8, 1)
+    loaded = sbs.load_exported(tmp_path / "net.sbs", networks.Residual(), x)
+    with pytest.raises(SbsError, match="exported file and is for inference alone: compress its original"):
+        sbs.compress(loaded, policy)
+    loaded.requires_grad_(True)
+    with pytest.raises(SbsError, match="exported file and is for inference alone: to go on training"):
+        loaded(x)
+    with torch.no_grad():
+        for p in small.parameters():
+            p.mul_(1.1)
+        loaded.load_state_dict(small.state_dict())
+        assert torch.equal(loaded(x), small(x))
+    loaded(x).sum().backward()
+
+
+def test_buffers_of_whole_numbers_are_exported(tmp_path):
+    model = networks.Residual()
+    model.register_buffer("seen", torch.tensor([3, -5]))
+    model.register_buffer("mask", torch.tensor([True, False, True]))
+    x = networks.images(4, 8, 1)
+    small = sbs.compress(model, sbs.Policy.uniform(model, x, 4, 4), calibration=[x])
+    sbs.export(small, tmp_path / "net.sbs")
+    fresh = networks.Residual()
+    fresh.register_buffer("seen", torch.zeros(2, dtype=torch.int64))
+    fresh.register_buffer("mask", torch.zeros(3, dtype=torch.bool))
+    loaded = sbs.load_exported(tmp_path / "net.sbs", fresh, x)
+    assert loaded.seen.tolist() == [3, -5]
+    assert loaded.mask.tolist() == [True, False, True]
+
+
 def test_damaged_bytes_never_pass_as_another_error(exported):
     """Bytes of the head and of the payload flipped in turn: refused in our words, or a network all the same."""
     path, size = exported

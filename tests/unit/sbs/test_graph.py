@@ -62,6 +62,8 @@ REFUSED = {
     "shared": (Body(lambda s, x: s.b(F.relu(s.b(x)))), r"'b' \(Conv2d\).*more than once"),
     "circular": (Body(lambda s, x: s.c(x), c=nn.Conv2d(8, 8, 3, padding=1, padding_mode="circular")), r"'c'.*circular"),
     "control flow": (Body(_control), r"Body.*control flow"),
+    "shared norm": (Body(lambda s, x: s.n(s.b(s.n(x))), n=nn.BatchNorm2d(8, affine=False)), r"'n'.*more than once"),
+    "indices": (Body(lambda s, x: s.p(x)[0], p=nn.MaxPool2d(2, return_indices=True)), r"'p' \(MaxPool2d\).*several"),
 }
 
 
@@ -111,6 +113,14 @@ ACCEPTED = {
     "pooling": (Body(lambda s, x: F.relu(s.b(F.max_pool2d(F.avg_pool2d(x, 2), 2)))), True),
     "dropout": (Body(lambda s, x: F.relu(s.b(F.dropout(x, 0.5, s.training)))), True),
     "silu": (Body(lambda s, x: s.act(s.b(s.act(x))), act=nn.SiLU()), True),
+    "squeeze and excitation": (
+        Body(lambda s, x: F.relu(s.b(torch.mul(x, torch.sigmoid(s.c(x.mean((2, 3), True)))))), c=nn.Conv2d(8, 8, 1)),
+        False,
+    ),
+    "halves of images": (
+        Body(lambda s, x: F.relu(s.c(x.view(x.size(0) * 2, -1)).view(x.size(0), -1)), 16, flat=True, c=_flat(256)),
+        False,
+    ),
 }
 
 
@@ -135,11 +145,40 @@ def test_every_consumer_of_a_possibly_negative_value_is_signed():
         "pooled relu": (Body(lambda s, x: F.relu(s.b(F.avg_pool2d(x, 2)))), False),
         "silu": (Body(lambda s, x: F.relu(s.b(F.silu(s.c(x)))), c=nn.Conv2d(8, 8, 1)), True),
         "sigmoid": (Body(lambda s, x: F.relu(s.b(torch.sigmoid(s.c(x)))), c=nn.Conv2d(8, 8, 1)), False),
+        "product": (Body(lambda s, x: F.relu(s.b(x * torch.sigmoid(s.c(x)))), c=nn.Conv2d(8, 8, 1)), False),
+        "product with a signed value": (Body(lambda s, x: F.relu(s.b(x * s.c(x))), c=nn.Conv2d(8, 8, 1)), True),
+        "negated": (Body(lambda s, x: F.relu(s.b(x * -1.0))), True),
+        "added to in place": (Body(lambda s, x: (x.add_(s.c(x)), F.relu(s.b(x)))[1], c=nn.Conv2d(8, 8, 1)), True),
+        "a view added to in place": (
+            Body(lambda s, x: (x.flatten(1).add_(s.c(x).flatten(1)), F.relu(s.b(x)))[1], c=nn.Conv2d(8, 8, 1)),
+            True,
+        ),
     }
     for case, (model, signed) in signs.items():
         net = sbs.prepare(model, sbs.SearchSpace(), torch.zeros(2, 3, SIZE, SIZE))
         assert net.graph.layer("b").signed is signed, case
         assert net.graph.layer("a").signed, "an image has negative values"
+
+
+def test_a_norm_of_the_image_leaves_the_first_layer_the_first():
+    model = nn.Sequential(nn.BatchNorm2d(3), nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.ReLU())
+    model.extend([nn.Flatten(), nn.Linear(8 * (SIZE - 4) ** 2, 5)])
+    net = sbs.prepare(model, sbs.SearchSpace(), torch.zeros(2, 3, SIZE, SIZE))
+    assert net.searched == ("3",)
+    assert net.graph.layer("1").signed
+
+
+@pytest.mark.parametrize("example", [torch.zeros(3, SIZE, SIZE), (1, 3, SIZE, SIZE), torch.zeros(())], ids=str)
+def test_an_example_that_is_no_batch_is_refused(example):
+    with pytest.raises(SbsError, match=r"example_input is .*give a batch of images, a tensor \(N, C, H, W\)"):
+        sbs.prepare(Body(lambda s, x: F.relu(s.b(x))), sbs.SearchSpace(), example)
+
+
+def test_an_example_that_does_not_fit_is_refused_with_torchs_reason_alone(capfd):
+    with pytest.raises(SbsError, match="expected input.*to have 3 channels, but got 5 channels instead") as refused:
+        sbs.prepare(Body(lambda s, x: F.relu(s.b(x))), sbs.SearchSpace(), torch.zeros(2, 5, SIZE, SIZE))
+    assert "ShapeProp" not in str(refused.value)
+    assert capfd.readouterr().err == ""
 
 
 class Headless(nn.Module):

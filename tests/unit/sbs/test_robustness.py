@@ -43,6 +43,24 @@ def test_a_name_or_a_constant_does_not_hide_a_sign(kind: type[nn.Module]):
     assert analyze(kind(), _image()).layer("conv_b").signed
 
 
+class Augmented(Leaky):
+    """Adds in place by a name that torch.fx does not see: it records a sum of its own."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = z = torch.relu(self.conv_a(x))
+        z += -1.0
+        return self.fc(self.pool(self.conv_b(y)).flatten(1))
+
+
+def test_a_sign_that_the_graph_does_not_show_shows_in_calibration():
+    net = sbs.prepare(Augmented(), sbs.SearchSpace(), _image())
+    message = r"'model\.conv_b' gets negative values.*y = y \+ z"
+    with pytest.raises(sbs.SbsError, match=message):
+        sbs.calibrate(net, [_image()])
+    for absorb_relus in (False, True):
+        sbs.calibrate(sbs.prepare(Leaky(), sbs.SearchSpace(), _image(), absorb_relus=absorb_relus), [_image()])
+
+
 class Auxiliary(Leaky):
     """Has a head that only training calls."""
 
@@ -67,6 +85,26 @@ def test_a_layer_that_evaluation_does_not_call_is_named_left_alone_and_not_count
     net.train()(_image()).sum().backward()
     assert net.model.aux[1].weight.grad is not None
     assert torch.equal(net.eval()(_image()), sbs.compress(net, sbs.freeze(net)).eval()(_image()))
+
+
+class SideHead(Auxiliary):
+    """Its head reads a map whose channels might be pruned."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.relu(self.conv_a(x))
+        logits = self.fc(self.pool(self.conv_b(y)).flatten(1))
+        return logits + self.aux(y) if self.training else logits
+
+
+def test_channels_that_a_head_for_training_reads_stay():
+    with pytest.warns(UserWarning, match="'aux"):
+        net = sbs.prepare(SideHead(), sbs.SearchSpace(), _image())
+    assert {group.root for group in net.graph.groups} == {"conv_b"}
+    with torch.no_grad():
+        net.channel_gates.open[0] = 0.0
+    small = sbs.compress(net, sbs.freeze(net)).train()
+    small(_image()).sum().backward()
+    assert small.aux[1].weight.grad is not None
 
 
 @pytest.mark.filterwarnings("error")
@@ -129,6 +167,8 @@ def test_a_calibration_that_fails_leaves_no_trace():
     want = net(_image())
     with pytest.raises(RuntimeError):
         sbs.calibrate(net, [_image(), torch.randn(2, 5, 8, 8)])
+    with pytest.raises(sbs.SbsError, match="infinite or no numbers"):
+        sbs.calibrate(net, [_image(), torch.full_like(_image(), float("inf"))])
     assert all(layer.observed is None for _, layer in net.layers())
     assert net(_image()).shape == want.shape
     assert all(layer.observed is None for _, layer in net.layers())
@@ -195,6 +235,104 @@ def test_the_space_in_a_state_dict_is_a_tensor_and_does_not_disturb_copies(tmp_p
     for other in (fresh["wrapped"], copy.deepcopy(net), averaged.module):
         assert torch.equal(other.eval()(_image()), net.eval()(_image()))
     AveragedModel(net).load_state_dict(averaged.state_dict())
+
+
+def test_gates_of_averaged_buffers_are_those_of_most_steps():
+    net = _searching()
+    averaged = AveragedModel(net, avg_fn=lambda mean, new, _: 0.9 * mean + 0.1 * new, use_buffers=True)
+    averaged.update_parameters(net)
+    with torch.no_grad():
+        for bank in (net.weight_gates, net.activation_gates, net.channel_gates):
+            bank.open[0] = 0.0
+    averaged.update_parameters(net)
+    assert averaged.module.weight_gates.open[0, 0] == pytest.approx(0.9)
+    policy = sbs.freeze(averaged)
+    assert {(c.weight_bits, c.activation_bits, c.kept) for c in policy.layers} == {(8, 8, None)}
+    small = sbs.compress(averaged, policy)
+    assert torch.equal(averaged.eval()(_image()), small.eval()(_image()))
+    assert sbs.freeze(net) != policy
+
+
+def test_gates_written_through_data_are_seen():
+    """As some averaging of weights does it; no version of the tensor tells."""
+    net, other = _searching(), _searching().eval()
+    with torch.no_grad():
+        net.channel_gates.open[0] = 0.0
+    other(_image())
+    for ours, theirs in zip(other.state_dict().values(), net.state_dict().values(), strict=True):
+        ours.data.copy_(theirs)
+    assert torch.equal(other(_image()), net.eval()(_image()))
+    assert torch.equal(other(_image()), sbs.compress(other, sbs.freeze(other)).eval()(_image()))
+
+
+def test_inference_mode_leaves_nothing_behind_that_training_trips_over():
+    net = _searching()
+    with torch.inference_mode():
+        sbs.calibrate(net, [_image()])
+        sbs.after_step(net)
+    net(_image()).sum().backward()
+
+
+WRAPPERS = {"averaged": AveragedModel, "data parallel": nn.DataParallel, "compiled": torch.compile}
+
+
+@pytest.mark.parametrize("kind", WRAPPERS)
+def test_what_wraps_a_network_changes_nothing(kind: str, tmp_path: Path):
+    net, other = _searching(), _searching()
+    wrapped = WRAPPERS[kind](other)
+    sbs.calibrate(net, [2 * _image()])
+    sbs.calibrate(wrapped, [2 * _image()])
+    inside = other if kind != "averaged" else wrapped.module  # which holds a copy
+    for (name, ours), theirs in zip(net.state_dict().items(), inside.state_dict().values(), strict=True):
+        assert torch.equal(ours, theirs), name
+    assert sbs.freeze(wrapped) == sbs.freeze(net)
+    assert sbs.cost(wrapped, (3, 8, 8)) == sbs.cost(net, (3, 8, 8))
+    assert sbs.telemetry(wrapped) == sbs.telemetry(net)
+    assert sbs.bops_of(wrapped) == sbs.bops_of(net)
+    assert sbs.bop_penalty(wrapped) == sbs.bop_penalty(net)
+    small = sbs.compress(wrapped, sbs.freeze(net))
+    sbs.export(WRAPPERS[kind](small), tmp_path / "wrapped.sbs")
+    sbs.export(small, tmp_path / "bare.sbs")
+    assert (tmp_path / "wrapped.sbs").read_bytes() == (tmp_path / "bare.sbs").read_bytes()
+
+
+def test_a_mean_that_quantising_takes_away_is_named():
+    model = Leaky()
+    with torch.no_grad():
+        model.conv_b.weight.add_(1.0)
+    with pytest.warns(UserWarning, match="weights of 'conv_b' have a mean beyond their standard deviation"):
+        sbs.compress(model, sbs.Policy.uniform(model, _image(), 8, 8), calibration=[_image()])
+
+
+MISTAKES: dict[str, tuple[Any, str]] = {
+    "freeze": (lambda net: sbs.freeze(Leaky()), r"freeze\(\) takes the super-network.*not a Leaky"),
+    "telemetry": (lambda net: sbs.telemetry(Leaky()), r"telemetry\(\) takes the super-network.*not a Leaky"),
+    "land": (lambda net: sbs.land(Leaky(), 1e6), r"land\(\) takes the super-network.*not a Leaky"),
+    "penalty": (lambda net: sbs.bop_penalty(Leaky()), r"bop_penalty\(\) takes the super-network.*not a Leaky"),
+    "no network": (lambda net: sbs.freeze({}), "a network .* is wanted here, not a dict"),
+    "policy's file": (lambda net: sbs.compress(net, "p.json"), r"takes a Policy, not 'p\.json'.*Policy\.load"),
+    "no space": (lambda net: sbs.prepare(Leaky(), None, _image()), r"takes a SearchSpace.*not None"),
+    "prepared twice": (lambda net: sbs.prepare(net, sbs.SearchSpace(), _image()), "is a super-network already"),
+    "nothing to count": (lambda net: sbs.cost(nn.Identity(), (3, 8, 8)), "Identity has no parameters"),
+    "nothing to compress": (lambda net: sbs.compress(nn.Identity(), sbs.freeze(net)), "Identity has no parameters"),
+    "one size": (lambda net: sbs.cost(Leaky(), 16), r"input_shape=16: give \(channels, height, width\)"),
+    "a share in words": (lambda net: sbs.SearchSpace(max_prune_share="half"), "max_prune_share='half'"),
+    "half bits": (lambda net: sbs.Policy.uniform(Leaky(), _image(), 2.5, 4), r"weight_bits=2\.5; use 1 to 16"),
+    "bits that are true": (lambda net: sbs.Policy.uniform(Leaky(), _image(), 4, True), "activation_bits=True"),
+    "images and labels": (lambda net: sbs.calibrate(net, [(_image(), 1)]), "got a tuple: of a loader .* for images"),
+    "one tensor": (lambda net: sbs.calibrate(net, _image()), r"list of batches.*\[images\]"),
+    "whole numbers": (
+        lambda net: net((9 * _image()).to(torch.uint8)),
+        r"input of torch\.uint8: give images as float",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", MISTAKES)
+def test_mistakes_are_answered_with_what_is_wanted(case: str):
+    call, message = MISTAKES[case]
+    with pytest.raises(sbs.SbsError, match=message):
+        call(_searching())
 
 
 @pytest.mark.parametrize("kind", ["super-network", "compressed", "penalty"])

@@ -8,7 +8,7 @@ from sbs.cost import CostReport, LayerCost, cost
 from sbs.errors import SbsError
 from sbs.export import export, load_exported
 from sbs.landing import Landing, bops_of, bops_range, land
-from sbs.objective import after_step, bop_penalty, param_groups, telemetry
+from sbs.objective import after_step, bop_penalty, margins, param_groups, telemetry
 from sbs.policy import LayerPolicy, Policy
 from sbs.space import SearchSpace
 from sbs.supernet import SuperNet, prepare
@@ -33,6 +33,7 @@ __all__ = [
     "freeze",
     "land",
     "load_exported",
+    "margins",
     "models",
     "param_groups",
     "prepare",

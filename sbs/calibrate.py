@@ -109,6 +109,8 @@ def _estimate_norms(net: nn.Module, norms: list[Norm], images: list[Tensor]) -> 
         m.momentum = None
     if isinstance(net, SuperNet):
         net.training = True
+    for layer in (m for m in net.modules() if isinstance(m, QuantizedLayer)):
+        layer.pending_activation = None  # of passes before this one
     for x in images:
         net(x)
     average([b for m in norms for b in (m.running_mean, m.running_var) if b is not None])

@@ -32,10 +32,11 @@ def freeze(net: SuperNet) -> Policy:
         if info.name in rows:
             row = rows[info.name]
             bits = (net.space.weight_bits[weight[row]], net.space.activation_bits[activation[row]])
-        kept = None
+        kept = count = None
         if info.group is not None and channels and bool((channels[info.group] == 0).any()):
             kept = tuple(int(c) for c in channels[info.group].nonzero().squeeze(1))
-        layers.append(LayerPolicy(info.name, *bits, kept))
+            count = info.out_channels
+        layers.append(LayerPolicy(info.name, *bits, kept, count))
     return Policy(type(net.model).__name__, net.graph.input_shape, tuple(layers))
 
 

@@ -88,6 +88,25 @@ def after_step(net: nn.Module) -> None:
         clamp_clips(net)
 
 
+def margins(net: SuperNet) -> dict[str, dict[str, list[float]]]:
+    """Statistic minus threshold of every gate, by layer and kind.
+
+    Kinds are "weight" and "activation" (bit steps, rising) and "channel" (groups of the layer's outputs). Above 0 a
+    gate is open, below it is closed, but for the hysteresis. Layers without gates are left out.
+    """
+    net = supernet_of(net, "margins")
+    result: dict[str, dict[str, list[float]]] = {}
+    for side in ("weight", "activation"):
+        bank: GateBank = getattr(net, f"{side}_gates")
+        for name, row in zip(net.searched, bank.margin().tolist(), strict=True):
+            if row:
+                result.setdefault(name, {})[side] = row
+    channels = net.channel_gates.margin().tolist()
+    for group, (begin, end) in zip(net.graph.groups, net.group_slices, strict=bool(net.group_slices)):
+        result.setdefault(group.root, {})["channel"] = channels[begin:end]
+    return result
+
+
 def telemetry(net: SuperNet) -> dict[str, float]:
     """Where the gates are: share of open gates per bit step, bits, pruned share, flips, distance of the thresholds.
 

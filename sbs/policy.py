@@ -7,7 +7,7 @@ themselves.
 
 import json
 from collections import Counter
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +23,16 @@ VERSION = 1
 
 @dataclass(frozen=True)
 class LayerPolicy:
-    """One layer's choice. kept: indices of the kept output channels in rising order, None for all of them."""
+    """One layer's choice. kept: indices of the kept output channels in rising order, None for all of them.
+
+    channels: how many output channels the layer has that `kept` speaks of, None where nobody said.
+    """
 
     name: str
     weight_bits: int
     activation_bits: int
     kept: tuple[int, ...] | None = None
+    channels: int | None = None
 
 
 @dataclass(frozen=True)
@@ -107,6 +111,11 @@ class Policy:
                 f"policy, layer {info.name!r}: its channels cannot be pruned (they reach an addition or the output), "
                 "but `kept` is given; remove it"
             )
+        if choice.channels not in (None, info.out_channels):
+            raise SbsError(
+                f"the policy (of {self.model}) is of another network: its layer {info.name!r} has {choice.channels} "
+                f"output channels, this network's has {info.out_channels}"
+            )
         if not choice.kept or list(choice.kept) != sorted(set(choice.kept)):
             raise SbsError(f"policy, layer {info.name!r}: `kept` must be a non-empty list of rising channel indices")
         if choice.kept[0] < 0 or choice.kept[-1] >= info.out_channels:
@@ -122,7 +131,7 @@ class Policy:
 
     def to_json(self) -> dict[str, Any]:
         """The document as plain data."""
-        layers = [{k: v for k, v in asdict(layer).items() if k != "kept" or v is not None} for layer in self.layers]
+        layers = [{k: v for k, v in asdict(layer).items() if v is not None} for layer in self.layers]
         return {
             "format": FORMAT,
             "version": VERSION,
@@ -170,20 +179,21 @@ class Policy:
 def _layer_from_json(entry: dict[str, Any]) -> LayerPolicy:
     if not isinstance(entry, dict):
         raise TypeError(f"`layers`: {entry!r} is not a table with name, weight_bits and activation_bits")
-    unknown = set(entry) - {"name", "weight_bits", "activation_bits", "kept"}
+    unknown = set(entry) - {field.name for field in fields(LayerPolicy)}
     if unknown:
         raise ValueError(f"layer {entry.get('name')!r}: unknown key {min(unknown)!r}")
     kept = entry.get("kept")
     if kept is not None and not (isinstance(kept, list) and all(type(c) is int for c in kept)):
         raise ValueError(f"layer {entry.get('name')!r}: `kept` must be a list of channel indices")
-    for key in ("weight_bits", "activation_bits"):
-        if isinstance(entry[key], bool) or not isinstance(entry[key], int):
+    for key in ("weight_bits", "activation_bits", *(key for key in ("channels",) if key in entry)):
+        if type(entry[key]) is not int:
             raise ValueError(f"layer {entry.get('name')!r}: {key}={entry[key]!r} is not a whole number")
     return LayerPolicy(
         str(entry["name"]),
         entry["weight_bits"],
         entry["activation_bits"],
         None if kept is None else tuple(kept),
+        entry.get("channels"),
     )
 
 

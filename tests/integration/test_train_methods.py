@@ -1,5 +1,6 @@
 """Each method's own promise about what comes out, on the tiny trial."""
 
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +53,35 @@ def inner(result: dict[str, Any]) -> list[dict[str, Any]]:
 
 def stages_of(run: RunDir) -> set[str]:
     return {record["stage"] for record in run.metrics()}
+
+
+def test_a_search_records_where_every_gate_stands(data: Path, tmp_path: Path):
+    spec = tiny.spec(data, tmp_path / "moving", *QUICK, "search.epochs=3")
+    stages.run(spec)
+    epochs = [r for r in RunDir(spec.run_dir).metrics() if r["kind"] == "metrics" and r["stage"] == "search"]
+    flips = [record["metrics"]["gates/flips"] for record in epochs]
+    assert flips[-1] > 0
+    steps = [after - before for before, after in itertools.pairwise([0, *flips])]
+    assert [record["metrics"]["gates/flips_in_epoch"] for record in epochs] == steps
+    for record in epochs:
+        margins, metrics = record["margins"], record["metrics"]
+        assert len(margins) == 20  # of 22 layers, all but the first and the last
+        for kind in ("weight", "activation", "channel"):
+            nearest = min(abs(m) for gates in margins.values() for m in gates.get(kind, ()))
+            assert nearest == pytest.approx(metrics[f"gates/margin_{kind}"], rel=0.01, abs=1e-6)
+    assert not [r for r in RunDir(spec.run_dir).metrics() if r["kind"] == "event" and "no gate" in r.get("message", "")]
+
+
+def test_a_search_whose_gates_stand_still_says_so_once(data: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    rates = ("search.bit_threshold_lr=1e-6", "search.prune_threshold_lr=1e-6")
+    spec = tiny.spec(data, tmp_path / "still", *QUICK, "search.epochs=4", *rates)
+    stages.run(spec)
+    said = [r for r in RunDir(spec.run_dir).metrics() if r["kind"] == "event" and r["stage"] == "search"]
+    assert len(said) == 1
+    assert said[0]["epoch"] == 2  # at half of the search
+    for words in ("no gate has moved", "search.lambda (now 1)", "search.bit_threshold_lr"):
+        assert words in said[0]["message"]
+    assert len([line for line in caplog.messages if "no gate has moved" in line]) == 1
 
 
 def test_full_precision_is_the_reference(finished: Any):

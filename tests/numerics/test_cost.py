@@ -74,6 +74,31 @@ def test_uniq_by_hand():
     assert sbs.cost(model, (3, 10, 10), policy).bops == (21_600 + 40) * 64
 
 
+def _pointwise() -> tuple[nn.Module, sbs.Policy]:
+    """1x1 convolutions on 3 x 2 x 2 images; the first keeps two of its channels, the third has weights of 2 bits."""
+    model = nn.Sequential(
+        *(nn.Conv2d(3, 8, 1), nn.ReLU(), nn.Conv2d(8, 4, 1), nn.ReLU(), nn.Conv2d(4, 4, 1), nn.ReLU()),
+        *(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 5)),
+    )
+    document = sbs.Policy.uniform(model, torch.zeros(1, 3, 2, 2), 4, 2).to_json()
+    document["layers"][0]["kept"] = [0, 1]
+    document["layers"][2]["weight_bits"] = 2
+    return model, sbs.Policy.from_json(document)
+
+
+def test_a_pruned_network_by_hand():
+    """MACs 4 x 3 x 2, 4 x 2 x 4, 4 x 4 x 4, 4 x 5; bits 8/8, 4/2, 2/2, 8/8; six of 16 channels gone."""
+    model, policy = _pointwise()
+    report = sbs.cost(model, (3, 2, 2), policy)
+    assert [layer.macs for layer in report.layers] == [24, 32, 64, 20]
+    assert report.bops == 24 * 64 + 32 * 8 + 64 * 4 + 20 * 64
+    assert report.mean_weight_bits == pytest.approx((32 * 4 + 64 * 2) / 96)
+    assert report.mean_activation_bits == 2
+    assert report.pruned_share == pytest.approx(6 / 16)
+    uniq = 24 * (80 + math.log2(3)) + 32 * (8 + 4 + 2 + 1) + 64 * (4 + 2 + 2 + 2) + 20 * (80 + 2)
+    assert sbs.cost(model, (3, 2, 2), policy, "uniq").bops == pytest.approx(uniq)
+
+
 def test_unknown_convention_is_refused_with_the_known_ones():
     with pytest.raises(SbsError, match=r"(?s)flops.*mac_product.*uniq"):
         sbs.cost(networks.Residual(), (3, 8, 8), convention="flops")

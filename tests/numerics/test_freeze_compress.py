@@ -115,8 +115,10 @@ def test_searched_user_networks_lose_exactly_the_channels_that_the_graph_ties(ki
     assert _numbers(small) < _numbers(net.model)
 
 
-@pytest.mark.parametrize("bits", [(2, 2), (4, 4), (8, 8), (2, 8), (1, 4)], ids=str)
-@pytest.mark.parametrize("name", ["resnet20", "mobilenetv2"])
+UNIFORM = [(n, b) for n in ("resnet20", "mobilenetv2") for b in [(2, 2), (4, 4), (8, 8), (2, 8), (1, 4)]]
+
+
+@pytest.mark.parametrize(("name", "bits"), [*UNIFORM, ("resnet18", (4, 4)), ("resnet50", (4, 4))], ids=str)
 def test_uniform_networks(name, bits):
     """A search space with one candidate and the uniform policy are the same network."""
     size = ZOO[name]

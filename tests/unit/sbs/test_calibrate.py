@@ -10,7 +10,7 @@ from torch import nn
 
 import sbs
 from sbs.errors import SbsError
-from tests.numerics import networks
+from tests.numerics import networks, oracle
 
 SIZE = 8
 
@@ -29,6 +29,57 @@ def _seen(model: nn.Module, layer: str, batches: list[torch.Tensor]) -> torch.Te
     for x in batches:
         model(x)
     return torch.cat(values)
+
+
+def test_passes_before_a_calibration_are_no_part_of_it(batches):
+    """A training pass leaves sums for after_step, which a check of shapes never calls."""
+    nets = [sbs.prepare(networks.randomise(networks.Residual(), 1), sbs.SearchSpace(), batches[0]) for _ in range(2)]
+    nets[0].load_state_dict(nets[1].state_dict())
+    with torch.no_grad():
+        nets[0].train()(100 * batches[1])
+    nets[0].load_state_dict(nets[1].state_dict())
+    for net in nets:
+        sbs.calibrate(net, batches)
+    assert torch.equal(nets[0].activation_gates.statistic, nets[1].activation_gates.statistic)
+
+
+def test_gate_statistics_start_from_the_batches(batches):
+    """Those of one layer's input by the oracle."""
+    net = sbs.prepare(networks.randomise(networks.Residual(), 1), sbs.SearchSpace(), batches[0])
+    sbs.calibrate(net, batches)
+    again, seen = copy.deepcopy(net).train(), []
+    layer = again.model.conv_c
+    clip = layer.activation_clip.detach()
+    layer.register_forward_pre_hook(lambda _, x: seen.append(oracle.normalise(x[0].detach(), clip, False)))
+    for x in batches:
+        again(x)
+    row = net.searched.index("conv_c")
+    want = oracle.residual_statistics(torch.cat(seen), (2, 4, 8))
+    torch.testing.assert_close(net.activation_gates.statistic[row], want, rtol=1e-4, atol=1e-4)
+
+
+def test_the_clip_of_a_signed_input_heeds_its_negative_tail(batches):
+    model = nn.Sequential(nn.Conv2d(3, 8, 1), nn.Conv2d(8, 8, 1), nn.Flatten(), nn.Linear(8 * SIZE**2, 5))
+    with torch.no_grad():
+        model[0].bias.fill_(-50.0)
+    net = sbs.prepare(model, sbs.SearchSpace(), batches[0])
+    sbs.calibrate(net, batches)
+    assert net.graph.layer("1").signed
+    assert 45 < net.model[1].activation_clip.item() < 60
+
+
+def test_floors_of_clips_come_along_when_a_search_is_compressed(batches):
+    net = sbs.prepare(networks.randomise(networks.Residual(), 1), sbs.SearchSpace(), batches[0])
+    sbs.calibrate(net, batches)
+    small = sbs.compress(net, sbs.freeze(net))
+    start = {n: p.detach().clone() for n, p in small.named_parameters() if n.endswith("_clip")}
+    assert start
+    with torch.no_grad():
+        for name in start:
+            small.get_parameter(name).fill_(-1.0)
+    sbs.after_step(small)
+    for name, clip in start.items():
+        torch.testing.assert_close(small.get_parameter(name).detach(), 1e-3 * clip)
 
 
 def test_clips_of_a_search_are_high_percentiles_of_activations_and_standardised_weights(batches):

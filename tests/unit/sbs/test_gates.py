@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from torch import nn
@@ -76,10 +78,62 @@ def test_a_pruning_threshold_ends_just_above_the_largest_statistic_so_that_every
     assert bank.open[start:stop].tolist() == [float(gate != strongest) for gate in range(start, stop)]
 
 
+def test_thresholds_of_groups_that_are_held_open_are_no_higher_than_their_statistic(net):
+    """Else they would have to come all the way back before another group could take their place."""
+    bank = net.channel_gates
+    with torch.no_grad():
+        bank.thresholds.fill_(100.0)
+    sbs.after_step(net)
+    held = bank.open == 1
+    assert held.any()
+    assert (bank.thresholds[held] <= bank.statistic[held]).all()
+
+
+def test_a_group_that_closes_leaves_the_moments_of_the_next_pass(net):
+    """Standardised are the weights that are kept: the next pass must not use moments from before."""
+    x = networks.images(8, SIZE, 2)
+    net.train()(x)
+    with torch.no_grad():
+        net.channel_gates.thresholds[net.channel_gates.statistic.argmax()] = 100.0
+    sbs.after_step(net)
+    assert (net.channel_gates.open == 0).any()
+    fresh = sbs.prepare(networks.Residual(), net.space, torch.zeros(1, 3, 8, 8))
+    fresh.load_state_dict(net.state_dict())
+    assert torch.equal(net(x), fresh.train()(x))
+
+
+def test_two_passes_before_a_step_count_as_one_batch(net):
+    """As when gradients are accumulated; in float64, batch norms on their running statistics."""
+    nets = [net.double().train(), copy.deepcopy(net)]
+    for each in nets:
+        for m in each.modules():
+            if isinstance(m, nn.BatchNorm2d):
+                m.eval()
+    x = networks.images(8, SIZE, 2, torch.float64)
+    nets[0](x)
+    nets[1](x[:3]), nets[1](x[3:])
+    for each in nets:
+        sbs.after_step(each)
+    torch.testing.assert_close(nets[0].activation_gates.statistic, nets[1].activation_gates.statistic)
+
+
+def test_statistics_of_channel_groups_by_hand():
+    """Groups of three on 8 channels: mean |w| of each, the last one of two, over their mean."""
+    net = sbs.prepare(
+        networks.randomise(networks.Residual(), 1), sbs.SearchSpace(group_size=3), torch.zeros(1, 3, 8, 8)
+    )
+    sbs.calibrate(net, [networks.images(8, SIZE, 1)])
+    start, stop = net.group_slices[0]
+    weight = net.model.get_submodule(net.graph.groups[0].root).weight.detach()
+    means = torch.stack([part.abs().mean() for part in weight.split(3)])
+    torch.testing.assert_close(net.channel_gates.statistic[start:stop], means / means.mean())
+
+
 def test_a_gate_closes_and_opens_again_with_its_threshold_and_flips_are_counted(net):
     bank = net.weight_gates
     low, high = bank.statistic[0, 0] - 0.2, bank.statistic[0, 0] + 0.2
-    for value, opened, flips in [(high, 0, 1), (high, 0, 1), (low, 1, 2)]:
+    inside = bank.statistic[0, 0] - 0.005  # the band of 0.02, within which a closed gate stays closed
+    for value, opened, flips in [(high, 0, 1), (high, 0, 1), (inside, 0, 1), (low, 1, 2)]:
         with torch.no_grad():
             bank.thresholds[0, 0] = value
         sbs.after_step(net)
@@ -137,6 +191,31 @@ def test_telemetry_tells_shares_by_hand():
     assert told["gates/mean_weight_bits"] == pytest.approx(sum(bits) / len(bits))
     banks = (net.weight_gates, net.activation_gates, net.channel_gates)
     assert told["gates/flips"] == sum(int(b.flips) for b in banks) > 0
+    gates = net.channel_gates.open.tolist()
+    assert told["gates/open_channel"] == pytest.approx(sum(gates) / len(gates))
+    assert 0 < told["gates/open_channel"] != 0.5
+    for side, bank in zip(("weight", "activation", "channel"), banks, strict=True):
+        away = [abs(s - t) for s, t in zip(bank.statistic.flatten(), bank.thresholds.flatten(), strict=True)]
+        assert told[f"gates/margin_{side}"] == pytest.approx(min(away).item())
+
+
+def test_margins_name_every_gate():
+    net = states.searched(networks.Residual(), SIZE, seed=3, group_size=2)
+    margins = sbs.margins(net)
+    assert list(margins) == ["conv_a", "conv_b", "conv_c", "conv_d", "short"]
+    assert {len(gates["weight"]) for gates in margins.values()} == {2}
+    assert {name: len(gates["channel"]) for name, gates in margins.items() if "channel" in gates} == {
+        "conv_a": 4,
+        "conv_c": 8,
+    }
+    row = net.searched.index("conv_d")
+    bank, channels = net.activation_gates, net.channel_gates
+    for j in range(2):
+        away = bank.statistic[row, j] - bank.thresholds[row, j]
+        assert margins["conv_d"]["activation"][j] == pytest.approx(away.item())
+    assert margins["conv_c"]["channel"][-1] == pytest.approx((channels.statistic[-1] - channels.thresholds[-1]).item())
+    alone = sbs.prepare(networks.Residual(), sbs.SearchSpace((8,), (8,), prune=False), torch.zeros(1, 3, 8, 8))
+    assert sbs.margins(alone) == {}
 
 
 @pytest.mark.parametrize("prune", [True, False])

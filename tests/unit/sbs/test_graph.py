@@ -62,6 +62,8 @@ REFUSED = {
     "shared": (Body(lambda s, x: s.b(F.relu(s.b(x)))), r"'b' \(Conv2d\).*more than once"),
     "circular": (Body(lambda s, x: s.c(x), c=nn.Conv2d(8, 8, 3, padding=1, padding_mode="circular")), r"'c'.*circular"),
     "control flow": (Body(_control), r"Body.*control flow"),
+    "padding in a word": (Body(lambda s, x: s.c(x), c=nn.Conv2d(8, 8, 3, padding="same")), r"'c'.*padding='same'"),
+    "linear over maps": (Body(lambda s, x: s.c(x), c=nn.Linear(SIZE, SIZE)), r"'c' \(Linear\).*flatten it"),
     "shared norm": (Body(lambda s, x: s.n(s.b(s.n(x))), n=nn.BatchNorm2d(8, affine=False)), r"'n'.*more than once"),
     "indices": (Body(lambda s, x: s.p(x)[0], p=nn.MaxPool2d(2, return_indices=True)), r"'p' \(MaxPool2d\).*several"),
 }
@@ -115,6 +117,10 @@ ACCEPTED = {
     "silu": (Body(lambda s, x: s.act(s.b(s.act(x))), act=nn.SiLU()), True),
     "squeeze and excitation": (
         Body(lambda s, x: F.relu(s.b(torch.mul(x, torch.sigmoid(s.c(x.mean((2, 3), True)))))), c=nn.Conv2d(8, 8, 1)),
+        False,
+    ),
+    "norm of flat maps": (
+        Body(lambda s, x: F.relu(s.c(s.n(x.flatten(1)))), flat=True, c=_flat(512), n=nn.BatchNorm1d(512)),
         False,
     ),
     "halves of images": (

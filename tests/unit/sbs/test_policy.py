@@ -10,7 +10,7 @@ import torch
 
 import sbs
 from sbs.errors import SbsError
-from tests.numerics import networks
+from tests.numerics import networks, states
 
 X = torch.zeros(1, 3, 8, 8)
 
@@ -36,6 +36,24 @@ def test_saved_and_loaded_policies_are_equal(tmp_path, document):
     on_disk = json.loads((tmp_path / "again.json").read_text())
     assert on_disk["version"] == 1
     assert on_disk["layers"][1] == {"name": "conv_a", "weight_bits": 4, "activation_bits": 2, "kept": [0, 3, 5]}
+
+
+def test_a_policy_knows_of_how_many_channels_it_kept_some(tmp_path):
+    """The same names and indices would fit a wider network, whose other channels nobody judged."""
+    net = states.searched(networks.Residual(), 8, seed=2, group_size=2)
+    sbs.freeze(net).save(tmp_path / "policy.json")
+    policy = sbs.Policy.load(tmp_path / "policy.json")
+    assert policy == sbs.freeze(net)
+    pruned = {layer.name: layer.channels for layer in policy.layers if layer.kept}
+    assert pruned == {"conv_a": 8, "conv_c": 16}
+    for call in (
+        lambda: sbs.compress(networks.Residual(width=16), policy),
+        lambda: sbs.cost(networks.Residual(width=16), (3, 8, 8), policy),
+    ):
+        message = "of Residual.* is of another network: its layer 'conv_a' has 8 output channels, this network's has 16"
+        with pytest.raises(SbsError, match=message):
+            call()
+    assert sbs.compress(networks.Residual(num_classes=9), policy).fc.out_features == 9
 
 
 def test_first_and_last_layers_of_a_uniform_policy_have_8_bits(document):

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
+import inspect
+
 import pytest
 import torch
 
@@ -94,3 +98,37 @@ def test_an_unknown_name_is_refused_with_the_known_ones():
 def test_too_few_classes_are_refused(classes):
     with pytest.raises(SbsError, match=str(classes)):
         sbs.models.build("resnet20", classes)
+
+
+SURFACE = {
+    "prepare": "model space example_input *absorb_relus",
+    "calibrate": "net batches",
+    "bop_penalty": "net gradient",
+    "param_groups": "net",
+    "after_step": "net",
+    "freeze": "net",
+    "compress": "net_or_model policy *example_input *calibration",
+    "cost": "net_or_model input_shape policy convention",
+    "export": "net path",
+    "load_exported": "path model example_input",
+    "telemetry": "net",
+    "margins": "net",
+    "SearchSpace": "weight_bits activation_bits prune group_size max_prune_share edge_bits",
+    "models.build": "name num_classes",
+    "Policy.load": "path",
+    "Policy.save": "self path",
+    "Policy.uniform": "model example_input weight_bits activation_bits edge_bits",
+}
+
+
+@pytest.mark.parametrize("name", SURFACE)
+def test_users_rely_on_these_names(name):
+    """`*` before those that are given by name alone."""
+    function = functools.reduce(getattr, name.split("."), sbs)
+    parameters = inspect.signature(function).parameters.values()
+    assert [f"{'*' * (p.kind is p.KEYWORD_ONLY)}{p.name}" for p in parameters] == SURFACE[name].split()
+
+
+def test_a_report_of_costs_has_these_figures():
+    report = sbs.cost(sbs.models.build("resnet20", 10), (3, 32, 32))
+    assert {"macs", "bops", "params", "bytes", "layers"} <= {field.name for field in dataclasses.fields(report)}

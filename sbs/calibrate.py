@@ -43,8 +43,9 @@ def calibrate(net: nn.Module, batches: Iterable[Tensor]) -> None:
         for layer in layers:
             if layer.quantizes_weight:
                 layer.set_clip("weight", _weight_clip(layer))
-        _warn_of_means(net)
-        _observe(net, layers, images)
+        names = _names(net)
+        _warn_of_means({name: m.kept_weight() for name, m in zip(names, layers, strict=True) if m.quantizes_weight})
+        _observe(net, dict(zip(names, layers, strict=True)), images)
         _estimate_norms(net, norms, images)
     finally:
         for layer in layers:
@@ -74,29 +75,38 @@ def _images(batches: Iterable[Tensor]) -> list[Tensor]:
     return images
 
 
-def _observe(net: nn.Module, layers: list[QuantizedLayer], images: list[Tensor]) -> None:
+def _names(net: nn.Module) -> list[str]:
+    """Of the quantised layers, as policies have them."""
+    model = net.model if isinstance(net, SuperNet) else net
+    return [name for name, m in model.named_modules() if isinstance(m, QuantizedLayer)]
+
+
+def _observe(net: nn.Module, named: dict[str, QuantizedLayer], images: list[Tensor]) -> None:
     """One pass with the float weights; every quantiser's clip from what reaches it."""
+    layers = list(named.values())
     for layer in layers:
         layer.observed = []
     for x in images:
         net(x)
-    clips = []
-    names = {m: name for name, m in net.named_modules()}
+    clips, least = [], []
     for layer in layers:
         values = spread(torch.cat(layer.observed or [torch.ones(1)]), _SAMPLE)
         layer.observed = None
         bits = layer.settings.activation_bits
         signed = layer.settings.signed
-        if not signed and float(values.min()) < 0:
-            raise SbsError(
-                f"module {names[layer]!r} gets negative values, though nothing in the network's graph makes them: "
-                "forward() changes a tensor in place that others read. Write y = y + z instead of y += z there"
-            )
+        least.append(values.min() if layer.quantizes_activation and not signed else values.new_zeros(()))
         clips.append(_best_clip(values, bits[0], signed) if len(bits) == 1 else torch.quantile(values, CLIP_QUANTILE))
     if not clips:
         return
-    table = torch.stack([c.double() for c in clips])
-    average([table])
+    table, negative = torch.stack(clips).double(), (torch.stack(least) < 0).double()
+    average([table, negative])
+    wrong = [repr(name) for name, share in zip(named, negative.tolist(), strict=True) if share > 0]
+    if wrong:
+        raise SbsError(
+            f"module {', '.join(wrong)} gets negative values, though nothing in the network's graph makes them. It may "
+            "be that forward() changes a tensor in place that others read (write y = y + z instead of y += z there), "
+            "or a hook"
+        )
     for layer, clip in zip(layers, table, strict=True):
         if layer.quantizes_activation:
             layer.set_clip("activation", float(clip.clamp_min(1e-6)))
@@ -127,10 +137,9 @@ def _weight_clip(layer: QuantizedLayer) -> Tensor:
     return torch.quantile(standard, CLIP_QUANTILE).clamp_min(1e-6)  # constant weights have no spread
 
 
-def _warn_of_means(net: nn.Module) -> None:
+def _warn_of_means(weights: dict[str, Tensor]) -> None:
     """The method subtracts the weights' mean: what follows must do without (a batch norm or a softmax does)."""
-    layers = [(n, m.kept_weight()) for n, m in net.named_modules() if isinstance(m, QuantizedLayer)]
-    large = [repr(name) for name, w in layers if abs(float(w.mean())) > float(w.std(correction=0))]
+    large = [repr(name) for name, w in weights.items() if abs(float(w.mean())) > float(w.std(correction=0))]
     if large:
         warnings.warn(
             f"the weights of {', '.join(large)} have a mean beyond their standard deviation, and quantising subtracts "

@@ -11,7 +11,7 @@ from sbs.calibrate import calibrate
 from sbs.errors import SbsError
 from sbs.gates import selected
 from sbs.graph import NORMS, NetworkGraph, analyze
-from sbs.layers import QuantizedLayer, QuantSettings, from_float
+from sbs.layers import QuantizedLayer, QuantSettings, check_own_weights, from_float
 from sbs.modules import first_parameter, put, unwrapped
 from sbs.policy import LayerPolicy, Policy
 from sbs.space import FULL_PRECISION_BITS
@@ -74,17 +74,16 @@ def compress(
         model, graph = net_or_model.model, net_or_model.graph
     else:
         model = net_or_model
-        if any(isinstance(m, QuantizedLayer) and m.given_codes() for m in model.modules()):
-            raise SbsError("this network came from an exported file and is for inference alone: compress its original")
+        check_own_weights(model)
         parameter = first_parameter(model)
         if example_input is None:
             example_input = torch.zeros(1, *policy.input_shape, device=parameter.device, dtype=parameter.dtype)
         graph = analyze(model, example_input)
     policy.checked(graph)
+    names = [info.name for info in graph.layers]
+    check_unhooked(model, names)
     result = copy.deepcopy(model)
     restore(result)
-    names = [info.name for info in graph.layers]
-    check_unhooked(result, names)
     kept = [_index(policy, graph, i) for i in range(len(graph.groups))]
     for info, rows, columns in graph.kept(kept):
         choice = policy.layer(info.name)

@@ -4,9 +4,9 @@ Layout: the 8 bytes b"SBSNET01", the header's length and the CRC-32 of it and of
 endian), the header (zlib, JSON), the payload.
 """
 
-import hashlib
 import json
 import math
+import warnings
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,8 +21,8 @@ from sbs.layers import QuantizedLayer
 from sbs.modules import unwrapped
 from sbs.policy import LayerPolicy, Policy
 from sbs.space import levels
+from sbs.structure import structure
 from sbs.supernet import SuperNet
-from sbs.tracing import operations
 from sbs.weights import encode, moments
 
 MAGIC = b"SBSNET01"
@@ -126,15 +126,13 @@ def _shapes(net: nn.Module, layers: dict[str, QuantizedLayer]) -> list[list[Any]
     return rows
 
 
-def _structure(net: nn.Module) -> str:
-    """A digest of what the network does around its tensors: operations in order, the geometry and signs of layers."""
-    geometry = [
-        (name, m.kernel_size, m.stride, m.padding, m.dilation, m.groups)
-        for name, m in net.named_modules()
-        if isinstance(m, nn.Conv2d)
-    ]
-    signs = [(name, m.settings.signed) for name, m in net.named_modules() if isinstance(m, QuantizedLayer)]
-    return hashlib.sha256(repr((operations(net), geometry, signs)).encode()).hexdigest()[:16]
+def _structure(net: nn.Module) -> str | None:
+    """The digest, or None after a warning: a network must not be lost to what keeps it from being traced."""
+    try:
+        return structure(net)
+    except Exception as error:  # noqa: BLE001 - of forward(), which may be anybody's
+        warnings.warn(f"what {type(net).__name__} does around its layers goes unchecked: {error}", stacklevel=4)
+        return None
 
 
 @torch.no_grad()
@@ -145,6 +143,7 @@ def load_exported(path: str | Path, model: nn.Module, example_input: Tensor) -> 
     for a file that is not an export, is cut off, or belongs to another network.
     """
     header, payload = _read(Path(path))
+    model = unwrapped(model)
     full = {name: m.weight.shape[0] for name, m in model.named_modules() if isinstance(m, nn.Conv2d | nn.Linear)}
     layers = tuple(
         LayerPolicy(name, wb, ab, None if count == full.get(name) else tuple(range(count)))
@@ -152,10 +151,11 @@ def load_exported(path: str | Path, model: nn.Module, example_input: Tensor) -> 
     )
     policy = Policy(header["model"], tuple(example_input.shape[1:]), layers)
     net = compress(model, policy, example_input=example_input)
-    if header.get("structure") != _structure(net):
+    known = header.get("structure")
+    if known is not None and known != _structure(net):
         raise SbsError(
             f"{path}: the network that was exported computes something else around the same layers (activations, "
-            f"strides, the order of operations): build {header['model']} as it was then"
+            f"strides, what is added to what): build {header['model']} as it was then"
         )
     tensors = {entry["name"]: _decode(entry, data) for entry, data in _chunks(header["tensors"], payload)}
     state, codes_of_layers = net.state_dict(), []

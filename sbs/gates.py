@@ -36,7 +36,7 @@ class HardGate(torch.autograd.Function):
 class GateBank(nn.Module):
     """The gates of one kind, as one array: bit gates (layers, steps) or channel gates (groups,).
 
-    maximum: the largest value that the statistic can take, the upper clamp of the thresholds.
+    maximum: the upper clamp of the thresholds.
     """
 
     thresholds: nn.Parameter

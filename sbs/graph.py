@@ -14,12 +14,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
-from torch.fx.passes.shape_prop import TensorMetadata
 
 from sbs.errors import SbsError
-from sbs.tracing import SUPPORTED, check_conv, check_plain, read_by_idle_layers, trace
+from sbs.tracing import NORMS, SUPPORTED, check_conv, check_plain, read_by_idle_modules, trace
 
-NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.SyncBatchNorm)
 _NONNEGATIVE = (nn.ReLU, nn.ReLU6, nn.Sigmoid, nn.Hardsigmoid)
 _SIGNED = (nn.LeakyReLU, nn.GELU, nn.SiLU, nn.Hardswish, nn.ELU, nn.Tanh, nn.PReLU)
 _POOLS = (nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d)
@@ -128,12 +126,12 @@ class _Analysis:
         self._check_calls()
         if not self.layer_nodes:
             raise SbsError(f"{type(model).__name__} has no Conv2d or Linear layer: there is nothing to compress")
-        self.held = read_by_idle_layers(model, set(self.layer_nodes))
+        self.held = read_by_idle_modules(model, {str(n.target) for n in self.nodes if n.op == "call_module"})
 
     def _is_tensor(self, node: fx.Node) -> bool:
-        if "tensor_meta" not in node.meta or node.op in ("output", "get_attr"):
+        if "shape" not in node.meta or node.op in ("output", "get_attr"):
             return False
-        if not isinstance(node.meta["tensor_meta"], TensorMetadata):
+        if node.meta["shape"] is None:
             what = f"module {node.target!r} ({type(m).__name__})" if (m := self._module(node)) else repr(node.target)
             raise SbsError(f"{what} returns several tensors, which is not supported: {SUPPORTED}")
         return True
@@ -146,11 +144,11 @@ class _Analysis:
 
     @staticmethod
     def _shape(node: fx.Node) -> tuple[int, ...]:
-        return tuple(node.meta["tensor_meta"].shape)
+        return tuple(node.meta["shape"])
 
     @staticmethod
     def _inputs(node: fx.Node) -> list[fx.Node]:
-        return [n for n in node.all_input_nodes if "tensor_meta" in n.meta]
+        return [n for n in node.all_input_nodes if "shape" in n.meta]
 
     # -- refusals
 
@@ -358,8 +356,8 @@ def _is_spatial_mean(node: fx.Node) -> bool:
     """Whether a mean of an (N, C, H, W) tensor runs over H and W alone."""
     dims = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim")
     dims = dims if isinstance(dims, tuple | list) else (dims,)
-    before = node.all_input_nodes[0].meta.get("tensor_meta")
-    return before is not None and len(before.shape) == 4 and all(d in {2, 3, -1, -2} for d in dims)
+    before = node.all_input_nodes[0].meta.get("shape")
+    return before is not None and len(before) == 4 and all(d in {2, 3, -1, -2} for d in dims)
 
 
 def _sizes(m: nn.Module, shape: tuple[int, ...]) -> dict[str, Any]:

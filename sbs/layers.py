@@ -1,7 +1,7 @@
 """Quantised convolution and linear layers: one class each for the super-network and the compressed network.
 
 A layer holds its candidate bit-widths; with one candidate it is a fixed-bit layer. In a super-network the gates of the
-step reach it through `context`, which the network sets before and clears after its forward pass.
+step reach it through `context`, which the network sets before its forward pass and clears after the step.
 """
 
 from dataclasses import dataclass
@@ -96,6 +96,7 @@ class QuantizedLayer(nn.Module):
         self.register_buffer("_given_codes", None, persistent=False)
         self.register_buffer("_given_scale", None, persistent=False)
         self.register_buffer("_no_gates", like.new_ones(0), persistent=False)
+        self.register_load_state_dict_pre_hook(_forget_codes)
 
     def check_type(self) -> None:
         """Raise SbsError for weights in half precision, which cannot hold codes, clips and gate statistics."""
@@ -141,7 +142,6 @@ class QuantizedLayer(nn.Module):
     def give_codes(self, codes: Tensor, scale: Tensor) -> None:
         """Take codes and scale from a file in place of the weight's own (inference alone)."""
         self._given_codes, self._given_scale = codes.to(self.weight), scale.to(self.weight)
-        self.register_load_state_dict_pre_hook(_forget_codes)
 
     def given_codes(self) -> WeightCodes | None:
         """What give_codes() left, if anything."""
@@ -283,8 +283,19 @@ def clamp_clips(model: nn.Module) -> None:
         torch._foreach_maximum_(clips, floors)
 
 
-def _forget_codes(layer: QuantizedLayer, *_: object) -> None:
-    layer._given_codes = layer._given_scale = None  # noqa: SLF001 - they were another weight's
+def _forget_codes(layer: QuantizedLayer, state: dict[str, Tensor], prefix: str, *_: object) -> None:
+    """Codes from a file are those of one weight: another one that is loaded has its own."""
+    weight = state.get(f"{prefix}weight")
+    if weight is not None and not torch.equal(weight.to(layer.weight), layer.weight):
+        layer._given_codes = layer._given_scale = None  # noqa: SLF001
+
+
+def check_own_weights(model: nn.Module) -> None:
+    """Refuse a network whose weights are but copies of codes from a file."""
+    if any(isinstance(m, QuantizedLayer) and m.given_codes() for m in model.modules()):
+        raise SbsError(
+            "this network came from an exported file and is for inference alone: take the one that was exported"
+        )
 
 
 def is_hooked(m: nn.Module) -> bool:

@@ -14,8 +14,8 @@ def unwrapped(net: nn.Module) -> nn.Module:
     while isinstance(net, nn.Module):
         if isinstance(net, _WRAPPERS):
             net = net.module
-        elif isinstance(compiled := getattr(net, "_orig_mod", None), nn.Module):
-            net = compiled
+        elif type(net).__name__ == "OptimizedModule":  # torch.compile's, which takes seconds to import
+            net = net.get_submodule("_orig_mod")
         else:
             return net
     raise SbsError(f"a network (torch.nn.Module) is wanted here, not a {type(net).__name__}")

@@ -92,7 +92,8 @@ def margins(net: SuperNet) -> dict[str, dict[str, list[float]]]:
     """Statistic minus threshold of every gate, by layer and kind.
 
     Kinds are "weight" and "activation" (bit steps, rising) and "channel" (groups of the layer's outputs). Above 0 a
-    gate is open, below it is closed, but for the hysteresis. Layers without gates are left out.
+    gate is open, below it is closed, but for the hysteresis and for groups that max_prune_share holds open; an open bit
+    step above a closed one counts for nothing. Layers without gates are left out.
     """
     net = supernet_of(net, "margins")
     result: dict[str, dict[str, list[float]]] = {}
@@ -102,7 +103,8 @@ def margins(net: SuperNet) -> dict[str, dict[str, list[float]]]:
             if row:
                 result.setdefault(name, {})[side] = row
     channels = net.channel_gates.margin().tolist()
-    for group, (begin, end) in zip(net.graph.groups, net.group_slices, strict=bool(net.group_slices)):
+    # without pruning there are groups, and no slices
+    for group, (begin, end) in zip(net.graph.groups, net.group_slices, strict=False):
         result.setdefault(group.root, {})["channel"] = channels[begin:end]
     return result
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from sbs.errors import SbsError
 from sbs.graph import LayerInfo, NetworkGraph, analyze
+from sbs.modules import unwrapped
 from sbs.space import EDGE_BITS, FULL_PRECISION_BITS, MAX_QUANTIZED_BITS
 
 FORMAT = "sbs-policy"
@@ -72,6 +73,7 @@ class Policy:
         if edge_bits is None:
             full = weight_bits == activation_bits == FULL_PRECISION_BITS
             edge_bits = FULL_PRECISION_BITS if full else EDGE_BITS
+        model = unwrapped(model)
         graph = analyze(model, example_input)
         layers = tuple(
             LayerPolicy(i.name, edge_bits if i.edge else weight_bits, edge_bits if i.edge else activation_bits)
@@ -102,19 +104,19 @@ class Policy:
             if type(bits) is not int or (bits != FULL_PRECISION_BITS and not 1 <= bits <= MAX_QUANTIZED_BITS):
                 raise SbsError(
                     f"policy, layer {info.name!r}: {key}={bits!r}; "
-                    f"use 1 to {MAX_QUANTIZED_BITS}, or {FULL_PRECISION_BITS}"
+                    f"use an int, 1 to {MAX_QUANTIZED_BITS}, or {FULL_PRECISION_BITS}"
                 )
+        if choice.channels not in (None, info.out_channels):
+            raise SbsError(
+                f"the policy (of {self.model}) is of another network: its layer {info.name!r} has {choice.channels} "
+                f"output channels, this network's has {info.out_channels}"
+            )
         if choice.kept is None:
             return
         if info.group is None:
             raise SbsError(
                 f"policy, layer {info.name!r}: its channels cannot be pruned (they reach an addition or the output), "
                 "but `kept` is given; remove it"
-            )
-        if choice.channels not in (None, info.out_channels):
-            raise SbsError(
-                f"the policy (of {self.model}) is of another network: its layer {info.name!r} has {choice.channels} "
-                f"output channels, this network's has {info.out_channels}"
             )
         if not choice.kept or list(choice.kept) != sorted(set(choice.kept)):
             raise SbsError(f"policy, layer {info.name!r}: `kept` must be a non-empty list of rising channel indices")
@@ -185,7 +187,10 @@ def _layer_from_json(entry: dict[str, Any]) -> LayerPolicy:
     kept = entry.get("kept")
     if kept is not None and not (isinstance(kept, list) and all(type(c) is int for c in kept)):
         raise ValueError(f"layer {entry.get('name')!r}: `kept` must be a list of channel indices")
-    for key in ("weight_bits", "activation_bits", *(key for key in ("channels",) if key in entry)):
+    whole = ["weight_bits", "activation_bits"]
+    if entry.get("channels") is not None:
+        whole.append("channels")
+    for key in whole:
         if type(entry[key]) is not int:
             raise ValueError(f"layer {entry.get('name')!r}: {key}={entry[key]!r} is not a whole number")
     return LayerPolicy(

@@ -3,7 +3,7 @@
 import copy
 import math
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 import torch
@@ -14,7 +14,7 @@ from sbs.errors import SbsError
 from sbs.gates import HYSTERESIS, MOMENTUM, GateBank, decide, selected
 from sbs.graph import NetworkGraph, analyze
 from sbs.kernels import GateMode
-from sbs.layers import LayerContext, QuantizedLayer, clamp_clips, from_float
+from sbs.layers import LayerContext, QuantizedLayer, check_own_weights, clamp_clips, from_float
 from sbs.mac_table import MacTable
 from sbs.modules import first_parameter, put, unwrapped
 from sbs.ranks import agree
@@ -56,7 +56,7 @@ class SuperNet(nn.Module):
         self._kept_for: tuple[torch.device, Tensor] | None = None
         self._kept_version: tuple[int, int] | None = None
         self._left_moments: tuple[Snapshot, tuple[list[Tensor], list[Tensor]]] | None = None
-        self._has_start = False
+        self._is_started = False
         for side in ("weight", "activation"):
             bits = getattr(space, f"{side}_bits")
             steps = torch.tensor([float(levels(b)) for b in bits], device=device)
@@ -66,7 +66,6 @@ class SuperNet(nn.Module):
     def _quantize(self, relus: dict[str, tuple[str, float]]) -> None:
         """Replace every layer by its quantised one; relus: those that layers can compute, and their limits."""
         names = [info.name for info in self.graph.layers]
-        check_unhooked(self.model, names)
         for info in self.graph.layers:
             layer = self.model.get_submodule(info.name)
             relu, limit = relus.get(info.name, (None, None))
@@ -120,27 +119,32 @@ class SuperNet(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(N, C, H, W) -> logits, with the gates as they were decided after the last step."""
         self._warn_without_start()
+        before = self._contexts()
         self._set_contexts()
         try:
             output: Tensor = self.model(x)
         finally:
-            # kept for the backward pass, in which activation checkpointing runs layers again
+            # kept until after_step, codes of weights among them, for activation checkpointing: it runs layers again in
+            # the backward pass
             if not torch.is_grad_enabled() or torch.compiler.is_compiling():
-                self._clear_contexts()
+                self._give_contexts(before)
         return output
 
-    def _clear_contexts(self) -> None:
-        for _, layer in self.layers():
-            layer.context = None
+    def _contexts(self) -> list[LayerContext | None]:
+        return [layer.context for _, layer in self.layers()]
+
+    def _give_contexts(self, contexts: Sequence[LayerContext | None]) -> None:
+        for (_, layer), context in zip(self.layers(), contexts, strict=True):
+            layer.context = context
 
     def _warn_without_start(self) -> None:
-        if self._has_start or not self.training or not torch.is_grad_enabled() or torch.compiler.is_compiling():
+        if self._is_started or not self.training or not torch.is_grad_enabled() or torch.compiler.is_compiling():
             return
-        self._has_start = True
+        self._is_started = True
         warnings.warn(
             "this super-network trains from clips of 1 and made-up gate statistics: call sbs.calibrate(net, batches) "
             "before the first step",
-            stacklevel=4,
+            stacklevel=5,  # whoever called the network
         )
 
     @torch.no_grad()
@@ -148,11 +152,12 @@ class SuperNet(nn.Module):
         """The graph for images (1, C, H, W) of another size than the network was prepared with."""
         if tuple(image.shape[1:]) == self.graph.input_shape:
             return self.graph
-        self._set_contexts()
+        before = self._contexts()
+        self._give_contexts([LayerContext()] * len(before))  # shapes need no gates
         try:
             return analyze(self.model, image)
         finally:
-            self._clear_contexts()
+            self._give_contexts(before)
 
     def channel_gates_of(self, gates: Tensor) -> list[Tensor]:
         """Gate per channel of every ChannelGroup from the vector of all group gates."""
@@ -217,13 +222,13 @@ class SuperNet(nn.Module):
 
         One all-reduce of a few numbers per gate where torch.distributed is initialised.
         """
-        self._clear_contexts()
+        self._give_contexts([None] * len(self.graph.layers))
         clamp_clips(self.model)
         for bank in (self.weight_gates, self.activation_gates, self.channel_gates):
             bank.clamp()
         self._update_statistics(MOMENTUM)
         for bank in (self.weight_gates, self.activation_gates):
-            bank.commit(decide(bank.margin(), bank.open))
+            bank.commit(decide(bank.margin(), bank.decided()))
         self._decide_channels()
 
     @torch.no_grad()
@@ -231,7 +236,7 @@ class SuperNet(nn.Module):
         """Take the gate statistics from what calibration collected, in place of the running means; no gate moves."""
         self._update_statistics(momentum=1.0)
         self.refresh_kept()
-        self._has_start = True
+        self._is_started = True
 
     def _update_statistics(self, momentum: float) -> None:
         """Statistics of this step's weights and batches, the same on all ranks."""
@@ -304,7 +309,7 @@ class SuperNet(nn.Module):
         bank = self.channel_gates
         if not self.group_slices:
             return
-        statistic, thresholds, is_open = torch.stack([bank.statistic, bank.thresholds, bank.open]).cpu()
+        statistic, thresholds, is_open = torch.stack([bank.statistic, bank.thresholds, bank.decided()]).cpu()
         for start, stop in self.group_slices:
             part = slice(start, stop)
             # beyond the band, or the group with the largest statistic could never close
@@ -344,7 +349,7 @@ class SuperNet(nn.Module):
 
 
 def _refresh_after_load(net: SuperNet, _: object) -> None:
-    net._has_start = True  # noqa: SLF001
+    net._is_started = True  # noqa: SLF001
     net.refresh_kept()
 
 
@@ -370,7 +375,10 @@ def prepare(model: nn.Module, space: SearchSpace, example_input: Tensor, *, abso
     model = unwrapped(model)
     if isinstance(model, SuperNet):
         raise SbsError("this network is a super-network already; prepare() takes the float network")
-    return SuperNet(model, space, analyze(model, example_input), absorb_relus=absorb_relus)
+    check_own_weights(model)
+    graph = analyze(model, example_input)
+    check_unhooked(model, [info.name for info in graph.layers])
+    return SuperNet(model, space, graph, absorb_relus=absorb_relus)
 
 
 def _slices(graph: NetworkGraph, space: SearchSpace) -> tuple[tuple[int, int], ...]:

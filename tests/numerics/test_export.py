@@ -99,34 +99,59 @@ def test_a_file_of_another_network_or_of_another_kind_is_refused(exported, tmp_p
         sbs.load_exported(tmp_path / "other.sbs", sbs.models.build("resnet20", 10), torch.zeros(1, 3, size, size))
 
 
-class Variant(networks.Residual):
-    """The same layers and tensors; something around them, or of their geometry, is another."""
+class Around(torch.nn.Module):
+    """Two branches and what is between them, of which a variant has one thing changed."""
 
-    def __init__(self, kind: str):
+    def __init__(self, kind: str = ""):
         super().__init__()
         self.kind = kind
-        if kind == "dilation":
-            conv = next(m for m in self.modules() if isinstance(m, torch.nn.Conv2d) and m.padding == (1, 1))
-            conv.padding = conv.dilation = (2, 2)
-        if kind == "activation":
-            names = [n for n, m in self.named_modules() if isinstance(m, torch.nn.ReLU)]
-            self.set_submodule(names[-1], torch.nn.ReLU6())
+        wide = 2 if kind == "dilation" else 1
+        self.a = torch.nn.Conv2d(3, 8, 3, padding=wide, dilation=wide)
+        self.b, self.c = torch.nn.Conv2d(8, 8, 1), torch.nn.Conv2d(8, 8, 1)
+        self.norm = torch.nn.BatchNorm2d(8, eps=0.1 if kind == "eps" else 1e-5)
+        if kind == "synchronised":
+            self.norm = torch.nn.SyncBatchNorm(8)
+        self.relu = torch.nn.ReLU6() if kind == "activation" else torch.nn.ReLU()
+        self.leaky = torch.nn.LeakyReLU(0.5 if kind == "slope" else 0.01)
+        self.drop = torch.nn.Identity() if kind == "no dropout" else torch.nn.Dropout(0.1)
+        self.pool = torch.nn.MaxPool2d(3, 2, 1) if kind == "pool" else torch.nn.MaxPool2d(2, 2)
+        self.fc = torch.nn.Linear(8, 5)
 
     def forward(self, x):
-        return super().forward(x if self.kind != "operation" else x + 0.5)
+        before = self.norm(self.a(x if self.kind != "constant" else x + 0.5))
+        y = torch.relu(before) if self.kind == "function" else self.relu(before)
+        z = self.leaky(self.b(y))
+        z = self.c(z) + (before if self.kind == "wiring" else y)
+        return self.fc(self.drop(self.pool(z)).mean((2, 3)))
 
 
-@pytest.mark.parametrize("kind", ["same", "dilation", "activation", "operation"])
+SAME = ("same", "synchronised", "function", "no dropout")
+OTHER = ("dilation", "eps", "activation", "slope", "pool", "constant", "wiring")
+
+
+@pytest.mark.parametrize("kind", [*SAME, *OTHER])
 def test_a_network_that_computes_something_else_around_its_layers_is_refused(kind, tmp_path):
-    net = states.searched(networks.Residual(), 8, seed=3, group_size=2)
+    net = states.searched(Around(), 8, seed=3, group_size=2)
     small = sbs.compress(net, sbs.freeze(net)).eval()
     sbs.export(small, tmp_path / "net.sbs")
     x = networks.images(4, 8, 1)
-    if kind != "same":
+    if kind in OTHER:
         with pytest.raises(SbsError, match=r"net\.sbs: the network that was exported computes something else"):
-            sbs.load_exported(tmp_path / "net.sbs", Variant(kind), x)
+            sbs.load_exported(tmp_path / "net.sbs", Around(kind), x)
     else:
-        assert torch.equal(sbs.load_exported(tmp_path / "net.sbs", Variant(kind), x)(x), small(x))
+        assert torch.equal(sbs.load_exported(tmp_path / "net.sbs", Around(kind), x)(x), small(x))
+
+
+def test_what_cannot_be_traced_is_exported_all_the_same(tmp_path):
+    """A network in whose block somebody looks at values, say."""
+    net = states.searched(networks.Plain(), 8, seed=3, group_size=2)
+    small = sbs.compress(net, sbs.freeze(net)).eval()
+    hook = small.features.register_forward_hook(lambda _, x, y: float(y.sum()) and None)
+    with pytest.warns(UserWarning, match="what Plain does around its layers goes unchecked"):
+        sbs.export(small, tmp_path / "net.sbs")
+    hook.remove()
+    x = networks.images(4, 8, 1)
+    assert torch.equal(sbs.load_exported(tmp_path / "net.sbs", networks.Plain(), x)(x), small(x))
 
 
 def test_a_loaded_network_is_for_inference_until_other_weights_are_loaded(tmp_path):
@@ -136,8 +161,13 @@ def test_a_loaded_network_is_for_inference_until_other_weights_are_loaded(tmp_pa
     sbs.export(small, tmp_path / "net.sbs")
     x = networks.images(4, 8, 1)
     loaded = sbs.load_exported(tmp_path / "net.sbs", networks.Residual(), x)
-    with pytest.raises(SbsError, match="exported file and is for inference alone: compress its original"):
+    with pytest.raises(SbsError, match="exported file and is for inference alone: take the one"):
         sbs.compress(loaded, policy)
+    with pytest.raises(SbsError, match="exported file and is for inference alone: take the one"):
+        sbs.prepare(loaded, sbs.SearchSpace(), x)
+    loaded.load_state_dict(loaded.state_dict())
+    loaded.load_state_dict({"fc.bias": loaded.fc.bias}, strict=False)
+    assert torch.equal(loaded(x), small(x))
     loaded.requires_grad_(True)
     with pytest.raises(SbsError, match="exported file and is for inference alone: to go on training"):
         loaded(x)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 
 import pytest
 import torch
@@ -59,6 +60,27 @@ def test_activation_checkpointing_changes_nothing(forwards: int):
     torch.testing.assert_close(nets[0].activation_gates.statistic, nets[1].activation_gates.statistic)
 
 
+def test_other_passes_between_forward_and_backward_change_nothing():
+    """An evaluation without gradients, and a count of costs at another size."""
+    nets = [_searching(), _searching()]
+    for net, disturbed in zip(nets, (False, True), strict=True):
+        net.model.forgets = True
+        loss = net(_images()).square().mean()
+        if disturbed:
+            net.eval()
+            with torch.no_grad():
+                net(2 * _images())
+            net.train()
+            assert sbs.cost(net, (3, 16, 16)).macs > sbs.cost(net, (3, 8, 8)).macs
+        loss.backward()
+        sbs.after_step(net)
+    for (name, a), b in zip(nets[0].named_parameters(), nets[1].parameters(), strict=True):
+        assert (a.grad is None) == (b.grad is None)
+        assert a.grad is None or torch.equal(a.grad, b.grad), name
+    for (name, a), b in zip(nets[0].state_dict().items(), nets[1].state_dict().values(), strict=True):
+        assert torch.equal(a, b), name
+
+
 def test_a_part_of_a_super_network_called_by_itself_is_refused():
     """It would compute at the highest bits, with every channel."""
     net = _searching().eval()
@@ -105,8 +127,9 @@ def test_training_without_a_start_is_warned_of_once():
     net = sbs.prepare(Checkpointed(), sbs.SearchSpace(), _images())
     with torch.no_grad():
         net.train()(_images())
-    with pytest.warns(UserWarning, match=r"call sbs\.calibrate"):
+    with pytest.warns(UserWarning, match=r"call sbs\.calibrate") as caught:
         net(_images())
+    assert [Path(each.filename).name for each in caught] == ["test_contexts.py"]
     net(_images())
     loaded = sbs.prepare(Checkpointed(), sbs.SearchSpace(group_size=2), _images())
     loaded.load_state_dict(_searching().state_dict())

@@ -54,6 +54,12 @@ def test_a_policy_knows_of_how_many_channels_it_kept_some(tmp_path):
         with pytest.raises(SbsError, match=message):
             call()
     assert sbs.compress(networks.Residual(num_classes=9), policy).fc.out_features == 9
+    document = sbs.Policy.uniform(networks.Residual(), X, 4, 2).to_json()
+    document["layers"][1] |= {"kept": None, "channels": None}
+    assert _load(document, tmp_path).layer("conv_a").channels is None
+    document["layers"][1]["channels"] = 9
+    with pytest.raises(SbsError, match="layer 'conv_a' has 9 output channels"):
+        sbs.cost(networks.Residual(), (3, 8, 8), _load(document, tmp_path))
 
 
 def test_first_and_last_layers_of_a_uniform_policy_have_8_bits(document):

@@ -82,6 +82,7 @@ HOOKS: dict[str, Callable[[nn.Module], object]] = {
     "before": lambda m: m.register_forward_pre_hook(lambda _, x: (100 * x[0],)),
     "behind": lambda m: m.register_forward_hook(lambda _, x, y: 2 * y),
     "backward": lambda m: m.register_full_backward_hook(lambda _, dx, dy: None),
+    "of the weight": lambda m: m.weight.register_hook(lambda g: 0 * g),
 }
 
 
@@ -92,6 +93,26 @@ def test_hooks_are_not_lost_in_silence(kind: str):
     with pytest.raises(sbs.SbsError, match="has hooks, which would be lost.*remove them"):
         sbs.prepare(model, ONE_BIT, _images())
     assert sbs.cost(model, (3, 8, 8)).macs > 0  # counting replaces nothing
+
+
+def test_hooks_that_watched_a_search_do_not_keep_it_from_being_compressed():
+    net = sbs.prepare(Aliased(), ONE_BIT, _images())
+    sbs.calibrate(net, [_images()])
+    net.model.b.register_forward_hook(lambda *_: None)
+    with pytest.warns(
+        UserWarning, match=r"'b' \(QuantConv2d\) has hooks, which the layer that takes its place does not"
+    ):
+        small = sbs.compress(net, sbs.freeze(net))
+    assert torch.equal(small.eval()(_images()), net.eval()(_images()))
+
+
+def test_a_forward_of_one_layer_alone_is_refused():
+    """As tools that offload weights put it there."""
+    model = Aliased()
+    original = model.b.forward
+    model.b.forward = lambda x: 100 * original(x)
+    with pytest.raises(sbs.SbsError, match=r"has a forward\(\) of its own"):
+        sbs.prepare(model, ONE_BIT, _images())
 
 
 def _frozen() -> nn.Sequential:

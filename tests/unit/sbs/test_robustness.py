@@ -2,6 +2,7 @@
 
 import copy
 import re
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -54,9 +55,11 @@ class Augmented(Leaky):
 
 def test_a_sign_that_the_graph_does_not_show_shows_in_calibration():
     net = sbs.prepare(Augmented(), sbs.SearchSpace(), _image())
-    message = r"'model\.conv_b' gets negative values.*y = y \+ z"
+    message = r"module 'conv_b' gets negative values.*y = y \+ z"
     with pytest.raises(sbs.SbsError, match=message):
         sbs.calibrate(net, [_image()])
+    in_floats = sbs.SearchSpace(activation_bits=(32,))
+    sbs.calibrate(sbs.prepare(Augmented(), in_floats, _image()), [_image()])  # where no sign matters
     for absorb_relus in (False, True):
         sbs.calibrate(sbs.prepare(Leaky(), sbs.SearchSpace(), _image(), absorb_relus=absorb_relus), [_image()])
 
@@ -105,6 +108,40 @@ def test_channels_that_a_head_for_training_reads_stay():
     small = sbs.compress(net, sbs.freeze(net)).train()
     small(_image()).sum().backward()
     assert small.aux[1].weight.grad is not None
+
+
+class Branching(SideHead):
+    """In training its flow depends on values."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.training and x.sum() > 1e9:
+            return x
+        return super().forward(x)
+
+
+class SplitNorms(Leaky):
+    """One norm for training, another for evaluation."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.clean, self.noisy = nn.BatchNorm2d(8), nn.BatchNorm2d(8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.conv_a(x)
+        y = self.relu(self.noisy(y) if self.training else self.clean(y))
+        return self.fc(self.pool(self.conv_b(y)).flatten(1))
+
+
+def test_where_training_cannot_be_followed_no_channel_is_pruned_and_a_warning_says_so():
+    with pytest.warns(UserWarning, match="no channel is pruned, as forward"):
+        net = sbs.prepare(Branching(), sbs.SearchSpace(), _image())
+    assert net.graph.groups == ()
+
+
+@pytest.mark.filterwarnings("error")
+def test_channels_of_a_norm_for_training_stay():
+    net = sbs.prepare(SplitNorms(), sbs.SearchSpace(), _image())
+    assert {group.root for group in net.graph.groups} == {"conv_b"}
 
 
 @pytest.mark.filterwarnings("error")
@@ -253,6 +290,20 @@ def test_gates_of_averaged_buffers_are_those_of_most_steps():
     assert sbs.freeze(net) != policy
 
 
+def test_gates_of_averaged_buffers_are_decided_like_others():
+    """Inside the band they stay as most steps had them; and no layer loses more channels than it may."""
+    net = _searching()
+    with torch.no_grad():
+        for bank in (net.weight_gates, net.channel_gates):
+            bank.open.fill_(0.4)
+            bank.thresholds.copy_(bank.statistic)
+    sbs.after_step(net)
+    assert not net.weight_gates.open.any()
+    policy = sbs.freeze(net)
+    assert {len(layer.kept) for layer in policy.layers if layer.kept} == {4}  # of 8, max_prune_share being a half
+    sbs.compress(net, policy)
+
+
 def test_gates_written_through_data_are_seen():
     """As some averaging of weights does it; no version of the tensor tells."""
     net, other = _searching(), _searching().eval()
@@ -294,6 +345,12 @@ def test_what_wraps_a_network_changes_nothing(kind: str, tmp_path: Path):
     sbs.export(WRAPPERS[kind](small), tmp_path / "wrapped.sbs")
     sbs.export(small, tmp_path / "bare.sbs")
     assert (tmp_path / "wrapped.sbs").read_bytes() == (tmp_path / "bare.sbs").read_bytes()
+    wrapped_model = WRAPPERS[kind](Leaky())
+    assert sbs.Policy.uniform(wrapped_model, _image(), 4, 4) == sbs.Policy.uniform(Leaky(), _image(), 4, 4)
+    loaded = sbs.load_exported(tmp_path / "bare.sbs", wrapped_model, _image())
+    assert torch.equal(loaded(_image()), small.eval()(_image()))
+    assert sbs.prepare(wrapped_model, sbs.SearchSpace(), _image()).graph == net.graph
+    assert sbs.margins(wrapped) == sbs.margins(net)
 
 
 def test_a_mean_that_quantising_takes_away_is_named():
@@ -302,6 +359,9 @@ def test_a_mean_that_quantising_takes_away_is_named():
         model.conv_b.weight.add_(1.0)
     with pytest.warns(UserWarning, match="weights of 'conv_b' have a mean beyond their standard deviation"):
         sbs.compress(model, sbs.Policy.uniform(model, _image(), 8, 8), calibration=[_image()])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # weights in floats keep their mean
+        sbs.compress(model, sbs.Policy.uniform(model, _image(), 32, 8, edge_bits=32), calibration=[_image()])
 
 
 MISTAKES: dict[str, tuple[Any, str]] = {
@@ -317,7 +377,7 @@ MISTAKES: dict[str, tuple[Any, str]] = {
     "nothing to compress": (lambda net: sbs.compress(nn.Identity(), sbs.freeze(net)), "Identity has no parameters"),
     "one size": (lambda net: sbs.cost(Leaky(), 16), r"input_shape=16: give \(channels, height, width\)"),
     "a share in words": (lambda net: sbs.SearchSpace(max_prune_share="half"), "max_prune_share='half'"),
-    "half bits": (lambda net: sbs.Policy.uniform(Leaky(), _image(), 2.5, 4), r"weight_bits=2\.5; use 1 to 16"),
+    "half bits": (lambda net: sbs.Policy.uniform(Leaky(), _image(), 2.5, 4), r"weight_bits=2\.5; use an int, 1 to 16"),
     "bits that are true": (lambda net: sbs.Policy.uniform(Leaky(), _image(), 4, True), "activation_bits=True"),
     "images and labels": (lambda net: sbs.calibrate(net, [(_image(), 1)]), "got a tuple: of a loader .* for images"),
     "one tensor": (lambda net: sbs.calibrate(net, _image()), r"list of batches.*\[images\]"),

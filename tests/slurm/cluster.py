@@ -138,7 +138,9 @@ class Cluster:
         # a compiler that has run in this process leaves the path of its cache in our environment
         foreign = ("SLURM", "RAY_", "SBATCH", "TORCHINDUCTOR_", "TRITON_")
         kept = {k: v for k, v in os.environ.items() if not k.startswith(foreign)}
-        return kept | {"SLURM_CONF": str(self.base / "etc" / "slurm.conf"), "PATH": _PATH}
+        own = {"SLURM_CONF": str(self.base / "etc" / "slurm.conf"), "PATH": _PATH}
+        # as the pages advise where temporary files do not outlive a job: else each node of each compiles for itself
+        return kept | own | {"TORCHINDUCTOR_CACHE_DIR": str(self.shared / "kernels")}
 
     def login(
         self, command: Sequence[str], *, cwd: Path | None = None, check: bool = True, timeout: float = 120

@@ -45,7 +45,7 @@ def clone(cluster: Cluster) -> User:
 def undisturbed(clone: User) -> dict[str, Any]:
     """The full-precision trial of the digits sweep, submitted and waited for by one command."""
     command = ["python", "-m", "sweeps", "run", "sweeps/spaces/digits_resnet20.toml", *SETTINGS]
-    done = clone.slurm("submit", "--profile", "site.toml", "--name", "digits", "--wait", "--", *command, timeout=560)
+    done = clone.slurm("submit", "--profile", "site.toml", "--name", "digits", "--wait", "--", *command, timeout=840)
     assert done.returncode == 0, done.stdout[-3000:]
     return result_of(clone.home, "digits_resnet20")
 
@@ -56,7 +56,7 @@ def result_of(home: Path, sweep: str) -> dict[str, Any]:
     return json.loads(path.read_text())
 
 
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(900)
 def test_digits_on_two_nodes(cluster: Cluster, clone: User, undisturbed: dict[str, Any]):
     rows = json.loads((clone.home / "runs" / "digits_resnet20" / "pareto.json").read_text())["rows"]
     assert sorted(row["method"] for row in rows) == ["full_precision", "sbs", "sbs", "sbs", "sbs"]

@@ -364,37 +364,6 @@ def test_a_mean_that_quantising_takes_away_is_named():
         sbs.compress(model, sbs.Policy.uniform(model, _image(), 32, 8, edge_bits=32), calibration=[_image()])
 
 
-MISTAKES: dict[str, tuple[Any, str]] = {
-    "freeze": (lambda net: sbs.freeze(Leaky()), r"freeze\(\) takes the super-network.*not a Leaky"),
-    "telemetry": (lambda net: sbs.telemetry(Leaky()), r"telemetry\(\) takes the super-network.*not a Leaky"),
-    "land": (lambda net: sbs.land(Leaky(), 1e6), r"land\(\) takes the super-network.*not a Leaky"),
-    "penalty": (lambda net: sbs.bop_penalty(Leaky()), r"bop_penalty\(\) takes the super-network.*not a Leaky"),
-    "no network": (lambda net: sbs.freeze({}), "a network .* is wanted here, not a dict"),
-    "policy's file": (lambda net: sbs.compress(net, "p.json"), r"takes a Policy, not 'p\.json'.*Policy\.load"),
-    "no space": (lambda net: sbs.prepare(Leaky(), None, _image()), r"takes a SearchSpace.*not None"),
-    "prepared twice": (lambda net: sbs.prepare(net, sbs.SearchSpace(), _image()), "is a super-network already"),
-    "nothing to count": (lambda net: sbs.cost(nn.Identity(), (3, 8, 8)), "Identity has no parameters"),
-    "nothing to compress": (lambda net: sbs.compress(nn.Identity(), sbs.freeze(net)), "Identity has no parameters"),
-    "one size": (lambda net: sbs.cost(Leaky(), 16), r"input_shape=16: give \(channels, height, width\)"),
-    "a share in words": (lambda net: sbs.SearchSpace(max_prune_share="half"), "max_prune_share='half'"),
-    "half bits": (lambda net: sbs.Policy.uniform(Leaky(), _image(), 2.5, 4), r"weight_bits=2\.5; use an int, 1 to 16"),
-    "bits that are true": (lambda net: sbs.Policy.uniform(Leaky(), _image(), 4, True), "activation_bits=True"),
-    "images and labels": (lambda net: sbs.calibrate(net, [(_image(), 1)]), "got a tuple: of a loader .* for images"),
-    "one tensor": (lambda net: sbs.calibrate(net, _image()), r"list of batches.*\[images\]"),
-    "whole numbers": (
-        lambda net: net((9 * _image()).to(torch.uint8)),
-        r"input of torch\.uint8: give images as float",
-    ),
-}
-
-
-@pytest.mark.parametrize("case", MISTAKES)
-def test_mistakes_are_answered_with_what_is_wanted(case: str):
-    call, message = MISTAKES[case]
-    with pytest.raises(sbs.SbsError, match=message):
-        call(_searching())
-
-
 @pytest.mark.parametrize("kind", ["super-network", "compressed", "penalty"])
 def test_second_derivatives_are_refused_instead_of_wrong(kind: str):
     """The closed form has first derivatives alone; a gradient penalty would train on something else in silence."""

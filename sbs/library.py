@@ -1,8 +1,8 @@
 """Kernels for the CPU compiled ahead of time: a shared library for each kind of operand, made once a machine.
 
 torch.compile would do, but each process that uses it imports the compiler and traces again (4 s of CPU), and each call
-checks its guards (50 us, where a small layer's arithmetic takes less). A library of AOTInductor loads in 2 ms and takes
-5 us a call. They lie in TORCHINDUCTOR_CACHE_DIR, or in a folder of the user's own among the temporary files.
+checks its guards (50 us, where a small layer's arithmetic takes less). A library loads in 2 ms and takes 10 us a call.
+They lie in TORCHINDUCTOR_CACHE_DIR, or in a folder of the user's own among the temporary files.
 """
 
 import fcntl
@@ -10,29 +10,27 @@ import functools
 import hashlib
 import os
 import platform
-import shutil
 import stat
 import sys
 import tempfile
 import time
-import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from sbs import kernels
+from sbs import inductor, kernels
 from sbs.errors import SbsError
 from sbs.kernels import Form, Operand
 
-# Most of the time goes into the code around the kernel, which is called 5 us faster when optimised but takes a third
-# longer to compile.
-_OPTIONS: dict[str, Any] = {"aot_inductor.compile_wrapper_opt_level": "O0"}
 LOCK_LIMIT_S = 300.0
 """How long to wait for another process that makes the same library: some times what it takes on a busy machine."""
+# a library's file: machine code, plan, the plan's length in bytes, digest of all that
+_LENGTH, _DIGEST = 8, hashlib.sha256().digest_size
 
 
 def kernel(
@@ -46,46 +44,46 @@ def kernel(
     statics = tuple(arg for arg in args if not isinstance(arg, Tensor))
     tensors = _tensors(operand, args)
     kinds = [(str(t.dtype), [1 if size == 1 else 0 for size in t.shape], t.is_contiguous()) for t in tensors]
-    options = _OPTIONS | dict(options)
-    # the cache of precompiled headers hashes with this program, and fails without it
-    options["aot_inductor.precompile_headers"] = shutil.which("openssl") is not None
-    path = folder() / f"{function.__name__}-{_digest(form, statics, kinds, operand.gate is None, options)}.so"
-    if not _is_sound(path):
+    path = folder() / f"{function.__name__}-{_digest(form, statics, kinds, operand.gate is None, dict(options))}.so"
+    plan = _sound_plan(path)
+    if plan is None:
         with _locked(path.with_suffix(".lock")):
-            if not _is_sound(path):
-                _build(_Call(function, form, statics, operand.gate is not None), tensors, path, options)
-    run = torch._C._aoti.AOTIModelContainerRunnerCpu(str(path), 1).run  # noqa: SLF001 - the public loader imports the compiler
+            call = _Call(function, form, statics, gated=operand.gate is not None)
+            plan = _sound_plan(path) or _build(call, tensors, path, options)
+    loaded = inductor.load(path, plan)
     shaped = _SHAPES[function]
 
-    def call(operand: Operand, form: Form, *args: Any) -> Any:  # noqa: ARG001 - the library is made for this form
-        return shaped(run(_tensors(operand, args)))
+    def run(operand: Operand, form: Form, *args: Any) -> Any:  # noqa: ARG001 - the library is made for this form
+        return shaped(loaded(_tensors(operand, args)))
 
-    return call
+    return run
 
 
 def _tensors(operand: Operand, args: tuple[Any, ...]) -> list[Tensor]:
     return [each for each in (*operand, *args) if isinstance(each, Tensor)]
 
 
-_SHAPES: dict[Callable[..., Any], Callable[[list[Tensor]], Any]] = {
+_SHAPES: dict[Callable[..., Any], Callable[[tuple[Any, ...]], Any]] = {
     kernels.encode: lambda found: found[0],
-    kernels.encode_with_check: tuple,
-    kernels.encode_with_sums: tuple,
+    kernels.encode_with_check: lambda found: found,
+    kernels.encode_with_sums: lambda found: found,
     kernels.residual_sums: lambda found: found[0],
-    kernels.backward: tuple,
-    kernels.backward_with_codes: lambda found: (tuple(found[:4]), found[4]),
+    kernels.backward: lambda found: found,
+    kernels.backward_with_codes: lambda found: (found[:4], found[4]),
 }
 """From a library's flat list to what the kernel returns."""
 
 
-class _Call(nn.Module):
-    """A kernel as torch.export takes it: tensors are inputs, all else is fixed."""
+@dataclass(frozen=True)
+class _Call:
+    """A kernel as a function of tensors alone; all else is fixed."""
 
-    def __init__(self, function: Callable[..., Any], form: Form, statics: tuple[Any, ...], gated: bool) -> None:
-        super().__init__()
-        self.function, self.form, self.statics, self.gated = function, form, statics, gated
+    function: Callable[..., Any]
+    form: Form
+    statics: tuple[Any, ...]
+    gated: bool
 
-    def forward(self, *tensors: Tensor) -> Any:
+    def __call__(self, *tensors: Tensor) -> Any:
         """The kernel's results."""
         x, *rest = tensors
         gate = rest.pop(0) if self.gated else None
@@ -93,55 +91,35 @@ class _Call(nn.Module):
         return self.function(Operand(x, gate, shift, scale, levels), self.form, *more, *self.statics)
 
 
-def _build(call: _Call, tensors: list[Tensor], path: Path, options: dict[str, Any]) -> None:
-    # x, the gate and the gradient share their sizes, of which those that are 1 stay so; all else is as large as here
+def _build(call: _Call, tensors: list[Tensor], path: Path, options: Mapping[str, Any]) -> bytes:
+    """Compile the library and write it, whole or not at all; returns its plan."""
+    # x, the gate and the gradient share their sizes; all else is as large as here
     sized = {0, 1 if call.gated else 0, 5 if call.gated else 4}
-    names = [torch.export.Dim(f"size{axis}", min=2) for axis in range(tensors[0].dim())]
-    shapes = tuple(
-        {axis: names[axis] for axis in range(t.dim()) if t.shape[axis] > 1} if index in sized else None
-        for index, t in enumerate(tensors)
-    )
-    like = tuple(_example(t) if index in sized else t for index, t in enumerate(tensors))
-    work = path.with_suffix(".build")
-    shutil.rmtree(work, ignore_errors=True)  # of a process that was killed over it
-    work.mkdir()
-    try:
-        _compile(call, like, shapes, work, options).replace(path)
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
-
-
-def _compile(
-    call: _Call, like: tuple[Tensor, ...], shapes: tuple[Any, ...], work: Path, options: dict[str, Any]
-) -> Path:
-    """The library, its digest at its end, safely on the disk."""
-    from torch._inductor import aot_compile
-
-    with (
-        warnings.catch_warnings(),
-        torch.no_grad(),
-        torch.autocast("cpu", enabled=False),
-    ):
-        warnings.simplefilter("ignore")  # of torch's own deprecated calls
-        program = torch.export.export(call, like, dynamic_shapes=(shapes,))
-        module = program.module(check_guards=False)
-        made = Path(str(aot_compile(module, like, options=options | {"aot_inductor.output_path": f"{work}/kernel.so"})))
-    with made.open("rb+") as file:
-        digest = hashlib.sha256(file.read()).digest()
-        file.write(digest)
+    like = tuple(_example(t) if index in sized else t.clone() for index, t in enumerate(tensors))
+    code, plan = inductor.compile_kernel(call, like, options)
+    content = code + plan + len(plan).to_bytes(_LENGTH, "little")
+    made = path.with_suffix(".new")
+    made.unlink(missing_ok=True)  # of a process that was killed over it
+    with made.open("wb") as file:
+        file.write(content + hashlib.sha256(content).digest())
         file.flush()
         os.fsync(file.fileno())
-    return made
+    inductor.load(made, plan)(list(like))  # raises here, and not in the midst of training, if anything is amiss
+    made.replace(path)
+    return plan
 
 
-def _is_sound(path: Path) -> bool:
-    """Whether the library is there and ends with its own digest: loading a damaged one would end the process."""
+def _sound_plan(path: Path) -> bytes | None:
+    """The plan of a library that is there and ends with its own digest: loading a damaged one would end the process."""
     try:
         content = path.read_bytes()
     except FileNotFoundError:
-        return False
-    size = hashlib.sha256().digest_size
-    return hashlib.sha256(content[:-size]).digest() == content[-size:]
+        return None
+    content, digest = content[:-_DIGEST], content[-_DIGEST:]
+    if hashlib.sha256(content).digest() != digest:
+        return None
+    content, length = content[:-_LENGTH], int.from_bytes(content[-_LENGTH:], "little")
+    return content[-length:]
 
 
 def _example(tensor: Tensor) -> Tensor:
@@ -155,8 +133,11 @@ def _example(tensor: Tensor) -> Tensor:
 
 def folder() -> Path:
     """Where libraries lie, made if need be; raises SbsError where another user could put some there."""
-    base = os.environ.get("TORCHINDUCTOR_CACHE_DIR")
-    path = Path(base, "sbs") if base else Path(tempfile.gettempdir(), f"sbs_kernels_{os.getuid()}")
+    temporary = Path(tempfile.gettempdir())
+    base = Path(os.environ.get("TORCHINDUCTOR_CACHE_DIR") or temporary)
+    # once it compiles, torch sets the variable to its own default, which is nobody's wish
+    chosen = base != temporary and not (base.parent == temporary and base.name.startswith("torchinductor_"))
+    path = base / "sbs" if chosen else temporary / f"sbs_kernels_{os.getuid()}"
     path.mkdir(mode=0o700, parents=True, exist_ok=True)
     status = path.lstat()  # not of what a link points to, which the link's owner can change
     if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.getuid() or status.st_mode & 0o022:
@@ -209,4 +190,7 @@ def _locked(path: Path) -> Iterator[None]:
 
 
 # as they were imported: read later, an edited file would name a library of the old code after the new one
-_SOURCES = tuple(str(sys.modules[name].__loader__.get_source(name)) for name in (kernels.__name__, __name__))  # type: ignore[union-attr]
+_SOURCES = tuple(
+    str(sys.modules[name].__loader__.get_source(name))  # type: ignore[union-attr]
+    for name in (kernels.__name__, inductor.__name__, __name__)
+)

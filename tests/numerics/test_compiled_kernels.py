@@ -6,14 +6,16 @@ import fcntl
 import os
 import subprocess
 import sys
+import tempfile
 
 import pytest
 import torch
+from torch._inductor.runtime.cache_dir_utils import default_cache_dir
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
 
 import sbs
-from sbs import compiled, kernels, library
+from sbs import compiled, inductor, kernels, library
 from tests.numerics import networks, states
 
 SIZE = 8
@@ -109,7 +111,7 @@ def test_a_library_serves_other_sizes_threads_and_processes(tmp_path, monkeypatc
     for shape in ((4, 6, 25), (9, 2, 2), (2, 64, 49)):
         compare(*shape)
     assert len(list(tmp_path.glob("sbs/*.so"))) == 1
-    assert not list(tmp_path.glob("sbs/*.build"))
+    assert not list(tmp_path.glob("sbs/*.new"))
     threads = torch.get_num_threads()
     torch.set_num_threads(threads + 1)
     try:
@@ -141,15 +143,14 @@ def test_a_damaged_library_is_made_again(tmp_path, monkeypatch):
     whole = path.read_bytes()
     path.unlink()  # the process maps that file: one of the same name takes its place
     path.write_bytes(whole[: len(whole) // 4])
-    path.with_suffix(".build").mkdir()
-    path.with_suffix(".build").joinpath("kernel.cpp").touch()
+    path.with_suffix(".new").write_bytes(whole[:1000])
     _compare_encode()
-    assert library._is_sound(path)
-    assert not path.with_suffix(".build").exists()
+    assert library._sound_plan(path)
+    assert not path.with_suffix(".new").exists()
     for damaged in (b"", whole[:100], whole[:-1], whole[:5000] + bytes(64) + whole[5064:]):
         path.unlink()
         path.write_bytes(damaged)
-        assert not library._is_sound(path)
+        assert library._sound_plan(path) is None
 
 
 def test_a_lock_that_is_never_left_ends_in_eager_kernels(tmp_path, monkeypatch, libraries):
@@ -175,16 +176,71 @@ def test_a_lock_that_is_never_left_ends_in_eager_kernels(tmp_path, monkeypatch, 
 def test_encoding_is_made_once_for_all_candidate_widths(libraries):
     """The one selected is an input; which ones compete matters for statistics and gradients alone."""
     sbs.use_compiled(True)
+    operand = _operand(10_000)
     for grid in ((3, 15), (1, 3, 15, 255), (15,)):
-        codes = compiled.encode(_operand(), FORM._replace(grid=grid), torch.float32)
-        assert torch.equal(codes, kernels.encode(_operand(), FORM, torch.float32))
+        codes = compiled.encode(operand, FORM._replace(grid=grid), torch.float32)
+        assert torch.equal(codes, kernels.encode(operand, FORM, torch.float32))
     assert libraries == ["encode"]
+
+
+def test_a_small_layer_at_one_width_is_not_worth_a_library(libraries):
+    """Compiling for a classifier alone would take seconds, and gain a fraction of a millisecond a step."""
+    sbs.use_compiled(True)
+    one_width = FORM._replace(grid=(15,))
+    codes = compiled.encode(_operand(), one_width, torch.float32)
+    assert torch.equal(codes, kernels.encode(_operand(), FORM, torch.float32))
+    assert not libraries
+    compiled.encode_with_sums(_operand(), FORM, torch.float32)
+    assert libraries == ["encode_with_sums"]
+
+
+def test_what_torch_compiles_to_in_a_form_unknown_here_is_not_run(tmp_path, monkeypatch, libraries):
+    """As by another version of torch: one warning, and right results."""
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(compiled._Compiled, "_warned", False)
+    monkeypatch.setattr(inductor, "_IMPORTED", "a line that is not there")
+    sbs.use_compiled(True)
+    with pytest.warns(UserWarning, match=r"run uncompiled.*in an unknown form"):
+        codes = compiled.encode(_operand(), FORM, torch.float32)
+    assert torch.equal(codes, kernels.encode(_operand(), FORM, torch.float32))
+    assert not sbs.use_compiled(False)
+    assert not list(tmp_path.glob("sbs/*.so"))
+
+
+def test_a_plan_that_needs_other_names_is_not_kept(tmp_path, monkeypatch):
+    """It is run once before it is: afterwards it would fail in the midst of training."""
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    compile_kernel = inductor.compile_kernel
+
+    def other(*given):
+        code, plan = compile_kernel(*given)
+        return inductor.Library(code, plan.replace(b"empty_strided_cpu(", b"empty_strided_elsewhere("))
+
+    monkeypatch.setattr(inductor, "compile_kernel", other)
+    with pytest.raises(NameError, match="empty_strided_elsewhere"):
+        _compare_encode()
+    assert not list(tmp_path.glob("sbs/*.so"))
+    monkeypatch.undo()
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    _compare_encode()
+
+
+def test_the_default_that_torch_sets_is_nobodys_wish(tmp_path, monkeypatch):
+    """Once it compiles, torch writes the folder of its cache into the environment: ours must stay where it was."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR", raising=False)
+    own = library.folder()
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", default_cache_dir())
+    assert library.folder() == own
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "mine"))
+    assert library.folder() == tmp_path / "mine" / "sbs"
 
 
 def test_without_openssl_headers_are_not_precompiled(tmp_path, monkeypatch):
     """The compiler's cache of headers wants that program; its lack must not cost the kernels."""
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
-    monkeypatch.setattr(library.shutil, "which", lambda program: None)
+    monkeypatch.setattr(inductor.shutil, "which", lambda program: None)
+    inductor._headers.cache_clear()
     run = subprocess.run
 
     def without(command, *given, **options):
@@ -194,6 +250,7 @@ def test_without_openssl_headers_are_not_precompiled(tmp_path, monkeypatch):
 
     monkeypatch.setattr(subprocess, "run", without)
     _compare_encode()
+    inductor._headers.cache_clear()
 
 
 def test_every_type_is_a_kind_of_its_own_and_fake_tensors_have_no_memory():

@@ -52,7 +52,7 @@ def test_a_page_works_from_top_to_bottom(page: Path, tmp_path: Path, monkeypatch
     checkout = checkout_in(tmp_path)
     monkeypatch.chdir(checkout)
     printed = ""
-    for block in pages.blocks(page):
+    for block in pages.programs(page):
         if block.language == "toml":
             check_toml(block, checkout)
         if block.language == "sh" and block.words.get("status", "0") == "0":  # else it is meant to be refused
@@ -73,8 +73,8 @@ def test_a_page_works_from_top_to_bottom(page: Path, tmp_path: Path, monkeypatch
 
 def test_the_example_in_python_finds_a_small_network_that_is_still_good(tmp_path: Path) -> None:
     """On digits a linear model has 90%; a network at 2 or 4 bits in every layer has 1 of 64 or 256 of the BOPs."""
-    (example,) = [block for block in pages.blocks(ROOT / "README.md") if block.language == "python"]
-    printed = run(example, checkout_in(tmp_path))
+    (program,) = [block for block in pages.programs(ROOT / "README.md") if block.language == "python"]
+    printed = run(program, checkout_in(tmp_path))
     figures = re.findall(r"top-1 ([\d.]+)%, ([\d.]+) M bit-operations, ([\d,]+) bytes", printed)
     (top1, bops, size), (small_top1, small_bops, small_size) = (
         [float(figure.replace(",", "")) for figure in line] for line in figures
@@ -82,7 +82,13 @@ def test_the_example_in_python_finds_a_small_network_that_is_still_good(tmp_path
     assert min(top1, small_top1) > 92
     assert 30 < bops / small_bops < 300
     assert small_size < size / 4
-    assert sum(bool(line.strip()) for line in example.text.splitlines()) <= 22
+
+
+def test_searching_and_compressing_a_network_of_ones_own_takes_15_lines():
+    _, search, _ = [block for block in pages.blocks(ROOT / "README.md") if block.language == "python"]
+    for step in ("bop_penalty", "after_step", "prepare", "calibrate", "freeze", "compress"):
+        assert f"sbs.{step}(" in search.text
+    assert sum(bool(line.strip()) for line in search.text.splitlines()) <= 15
 
 
 def checkout_in(folder: Path) -> Path:
@@ -224,6 +230,16 @@ def test_scripts_are_taken_apart() -> None:
     assert commands.commands(script) == [
         ["make", "demo"], ["cat", "x"], ["grep", "y"], ["python", "-m", "sweeps", "run", "digits_resnet20"],
     ]  # fmt: skip
+
+
+def test_parts_of_a_program_are_put_together(tmp_path: Path) -> None:
+    page = tmp_path / "page.md"
+    part, whole = "```python part\na = 1\n```\n", "```python run\nprint(a)\n```\n"
+    page.write_text(f"{part}```sh run\ntrue\n```\n{part}{whole}{whole}", encoding="utf-8")
+    assert [block.text for block in pages.programs(page)] == ["true\n", "a = 1\na = 1\nprint(a)\n", "print(a)\n"]
+    page.write_text(whole + part, encoding="utf-8")
+    with pytest.raises(AssertionError, match="nothing runs the last part"):
+        pages.programs(page)
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,7 @@
 
 GitHub shows the first word of a fence's info string and ignores the rest, so that is where a block says what it is:
     sh      run [status=N] | run-by=TEST | needs=cluster,gpu,imagenet,data,server
-    python  run | run-by=TEST | needs=...
+    python  run | run-by=TEST | needs=... | part (of the next that is none, and run in front of it)
     text    output [numbers=any] (of the block before) | recorded | source=FILE | layout
     toml    recipe | space | profile, [over=NAME] for a part of one, [file=NAME] to have it as a file from there on
     json, mermaid need nothing
@@ -10,7 +10,7 @@ GitHub shows the first word of a fence's info string and ignores the rest, so th
 
 import ast
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 
@@ -19,7 +19,7 @@ NEEDS = {"cluster", "gpu", "imagenet", "data", "server"}
 KINDS: dict[str, tuple[set[str], set[str]]] = {
     # language -> one of these, and any of those
     "sh": ({"run", "run-by", "needs"}, {"status"}),
-    "python": ({"run", "run-by", "needs"}, {"status"}),
+    "python": ({"run", "run-by", "needs", "part"}, {"status"}),
     "text": ({"output", "recorded", "source", "layout"}, {"numbers"}),
     "toml": ({"recipe", "space", "profile"}, {"over", "file"}),
     "json": (set(), set()),
@@ -65,6 +65,22 @@ def blocks(page: Path) -> list[Block]:
         elif start is not None:
             lines.append(line.removeprefix(start[2]))
     assert start is None, f"{page}:{start[0] if start else 0}: this block has no end"
+    return found
+
+
+def programs(page: Path) -> list[Block]:
+    """`blocks` with the parts of Python programs put together: a program stands where its last part does."""
+    found: list[Block] = []
+    parts = ""
+    for block in blocks(page):
+        if "part" in block.words:
+            parts += block.text
+        elif block.language == "python":
+            found.append(replace(block, text=parts + block.text))
+            parts = ""
+        else:
+            found.append(block)
+    assert not parts, f"{page}: nothing runs the last part of a program"
     return found
 
 

@@ -55,7 +55,7 @@ def test_compiled_kernels_divide_as_eager_ones(monkeypatch, device):
     monkeypatch.setattr(library, "kernel", lambda function, *given: asked.append(given[-1]) or function)
     operand = kernels.Operand(torch.ones(4, device=device), None, *torch.ones(3, device=device).unbind(0))
     sbs.use_compiled(True)
-    compiled._Compiled(kernels.encode)(operand, kernels.Form(False, kernels.GateMode.NONE, (1,)), torch.float32)
+    compiled._Compiled(kernels.encode)(operand, kernels.Form(False, kernels.GateMode.NONE, (1, 3)), torch.float32)
     assert [options["eager_numerics.division_rounding"] for options in asked] == [True]
 
 

@@ -1,17 +1,21 @@
-"""A kernel through torch's compiler: machine code, and the few lines of Python that call it.
+"""A kernel through torch's compiler, Inductor: machine code, and the few lines of Python that call it.
 
-AOTInductor, torch's own road to a library, wraps every kernel in so much C++ that compiling that takes five times as
-long as the kernel. What torch.compile makes has a plan in Python instead, which allocates the results and calls the
-kernel. Its first lines import the compiler (2 s); the rest needs but the names below.
+AOTInductor, torch's own road to a library, writes so much C++ around a kernel that both take 8 s to compile where the
+kernel takes 2. What torch.compile makes has a plan in Python around it instead, which allocates the results and calls
+the kernel. Its first lines import the compiler (3 s) and are cut off; what the rest needs of them is in `load`.
 """
 
 import functools
 import math
 import os
 import shutil
+import stat
+import tempfile
+import threading
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from importlib.machinery import ExtensionFileLoader
 from importlib.util import module_from_spec, spec_from_loader
 from pathlib import Path
@@ -21,11 +25,24 @@ import torch
 from torch import Tensor
 
 _POINTERS = "_TORCHINDUCTOR_PYOBJECT_TENSOR_DATA_PTR"
-# One kernel at a time, in this process, and no cache of graphs: the library is what is kept.
-_OPTIONS = {"cpp_wrapper": False, "fx_graph_cache": False, "compile_threads": 1, "graph_partition": False}
+_CACHE = "TORCHINDUCTOR_CACHE_DIR"
+# Whatever a user prefers: a plan in Python, of one piece, whose kernel is compiled here and now, and computes the codes
+# that eager code does. Libraries outlive the process that made them.
+_OPTIONS = {
+    "cpp_wrapper": False,
+    "graph_partition": False,
+    "fx_graph_cache": False,
+    "compile_threads": 1,
+    "cpu_backend": "cpp",
+    "memory_planning": False,
+    "cpp.enable_floating_point_contract_flag": "off",
+    "cpp.enable_unsafe_math_opt_flag": False,
+}
 _LEAST_KERNEL = '#include <torch/csrc/inductor/cpp_prefix.h>\nextern "C" void kernel(float*) {}\n'
-# the last line of a plan's imports
+# the last of a plan's lines that are cut off
 _IMPORTED = "async_compile = AsyncCompile()\n"
+# tracing patches torch for all threads
+_ALONE = threading.Lock()
 
 
 class Library(NamedTuple):
@@ -41,56 +58,91 @@ def compile_kernel(function: Callable[..., Any], example: tuple[Tensor, ...], op
     Sizes that are equal in the example are equal for good. The results are flat, None among them. Raises what a missing
     or broken compiler raises, ValueError where torch's compiler writes something else than one kernel and its plan.
     """
-    precompiled = _headers()
-    # after the thread was started, as it takes a while
-    from torch._inductor import config
-    from torch._inductor.compile_fx import compile_fx_inner
-    from torch._inductor.decomposition import select_decomp_table
-    from torch._inductor.virtualized import V
-    from torch.fx.experimental.proxy_tensor import make_fx
 
     def flat(*tensors: Tensor) -> list[Any]:
         return _leaves(function(*tensors))
 
-    with warnings.catch_warnings(), torch.no_grad(), torch.autocast("cpu", enabled=False):
+    with _ALONE, _private_cache(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of torch's own deprecated calls
-        graph = make_fx(flat, select_decomp_table(), tracing_mode="symbolic")(*example)
-        inputs = [node.meta["val"] for node in graph.graph.find_nodes(op="placeholder")]
-        with (
-            V.set_fake_mode(inputs[0].fake_mode),
-            config.patch(_OPTIONS | dict(options) | {"cpp_cache_precompile_headers": _succeeded(precompiled)}),
-        ):
-            made: Any = compile_fx_inner(graph, inputs, is_inference=True)
-    _, imported, plan = made.source_code.partition(_IMPORTED)
-    names = made.current_callable.__globals__
-    files = [Path(kernel.__self__.__file__) for kernel in names.values() if getattr(kernel, "__name__", "") == "kernel"]
-    if len(files) != 1 or not imported:
-        raise ValueError(f"torch {torch.__version__} compiled to {len(files)} kernels in an unknown form")
-    return Library(files[0].read_bytes(), plan.encode())
+        precompiled = _headers()
+        # these take a while, in which the thread of the headers gets on
+        from torch._inductor import config
+        from torch._inductor.compile_fx import compile_fx_inner
+        from torch._inductor.decomposition import select_decomp_table
+        from torch._inductor.virtualized import V
+        from torch.fx.experimental.proxy_tensor import make_fx
+
+        with torch.no_grad(), torch.autocast("cpu", enabled=False):
+            graph = make_fx(flat, select_decomp_table(), tracing_mode="symbolic")(*example)
+            inputs = [node.meta["val"] for node in graph.graph.find_nodes(op="placeholder")]
+            headers = {"cpp_cache_precompile_headers": _succeeded(precompiled)}
+            with V.set_fake_mode(inputs[0].fake_mode), config.patch(_OPTIONS | dict(options) | headers):
+                made: Any = compile_fx_inner(graph, inputs, is_inference=True)
+        _, imported, plan = made.source_code.partition(_IMPORTED)
+        names = made.current_callable.__globals__
+        files = [Path(each.__self__.__file__) for each in names.values() if getattr(each, "__name__", "") == "kernel"]
+        if len(files) != 1 or not imported:
+            raise ValueError(f"torch {torch.__version__} compiled to {len(files)} kernels in an unknown form")
+        return Library(files[0].read_bytes(), plan.encode())
 
 
 def _leaves(results: Any) -> list[Any]:
     return [leaf for each in results for leaf in _leaves(each)] if isinstance(results, tuple) else [results]
 
 
+@contextmanager
+def _private_cache() -> Iterator[None]:
+    """A region in which torch finds nothing in its own cache of machine code.
+
+    That cache does not tell machines that share it apart, takes damaged files for sound ones, and by default lies where
+    other users could have put it.
+    """
+    former = os.environ.get(_CACHE)
+    os.environ[_CACHE] = _folder().name
+    try:
+        yield
+    finally:
+        if former is None:
+            del os.environ[_CACHE]
+        else:
+            os.environ[_CACHE] = former
+
+
+@functools.cache
+def _folder() -> tempfile.TemporaryDirectory[str]:
+    """This process's own; for as long as it lives, as torch remembers what is in there."""
+    return tempfile.TemporaryDirectory(prefix="sbs_compiling_", ignore_cleanup_errors=True)
+
+
 @functools.cache
 def _headers() -> Future[object]:
-    """Done once the C++ headers of all kernels are precompiled; never, where they cannot be.
+    """Done once the C++ headers of all kernels are precompiled, in a thread; never, where they cannot be.
 
-    They take longer than some kernels, which are compiled meanwhile, slowly.
+    That takes ten seconds; until then kernels are compiled without, which takes each 2 s longer.
     """
     if shutil.which("openssl") is None:  # which torch's cache of headers wants
         return Future()
     from torch._inductor.codecache import CppPythonBindingsCodeCache
+    from torch._inductor.runtime.cache_dir_utils import default_cache_dir
 
+    if not is_own(Path(default_cache_dir())):  # where headers lie, whatever the environment says
+        return Future()
     side = ThreadPoolExecutor(1)
-    future = side.submit(CppPythonBindingsCodeCache.load_pybinding, ["float*"], _LEAST_KERNEL)
+    # it precompiles at once what the kernel, which nobody asks for, would be compiled with
+    future = side.submit(CppPythonBindingsCodeCache.load_pybinding_async, ["float*"], _LEAST_KERNEL)
     side.shutdown(wait=False)
     return future
 
 
 def _succeeded(future: Future[object]) -> bool:
     return future.done() and future.exception() is None
+
+
+def is_own(folder: Path) -> bool:
+    """Whether nobody but this user can have written to a folder, which is made if need be."""
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    status = folder.lstat()  # not of what a link points to, which the link's owner can change
+    return stat.S_ISDIR(status.st_mode) and status.st_uid == os.getuid() and not status.st_mode & 0o022
 
 
 def load(path: Path, plan: bytes) -> Callable[[list[Tensor]], tuple[Any, ...]]:

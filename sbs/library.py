@@ -10,7 +10,6 @@ import functools
 import hashlib
 import os
 import platform
-import stat
 import sys
 import tempfile
 import time
@@ -29,6 +28,8 @@ from sbs.kernels import Form, Operand
 
 LOCK_LIMIT_S = 300.0
 """How long to wait for another process that makes the same library: some times what it takes on a busy machine."""
+# as the process found it: once torch compiles something, it writes its own default into the environment
+_CACHE = os.environ.get("TORCHINDUCTOR_CACHE_DIR")
 # a library's file: machine code, plan, the plan's length in bytes, digest of all that
 _LENGTH, _DIGEST = 8, hashlib.sha256().digest_size
 
@@ -133,14 +134,8 @@ def _example(tensor: Tensor) -> Tensor:
 
 def folder() -> Path:
     """Where libraries lie, made if need be; raises SbsError where another user could put some there."""
-    temporary = Path(tempfile.gettempdir())
-    base = Path(os.environ.get("TORCHINDUCTOR_CACHE_DIR") or temporary)
-    # once it compiles, torch sets the variable to its own default, which is nobody's wish
-    chosen = base != temporary and not (base.parent == temporary and base.name.startswith("torchinductor_"))
-    path = base / "sbs" if chosen else temporary / f"sbs_kernels_{os.getuid()}"
-    path.mkdir(mode=0o700, parents=True, exist_ok=True)
-    status = path.lstat()  # not of what a link points to, which the link's owner can change
-    if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.getuid() or status.st_mode & 0o022:
+    path = Path(_CACHE, "sbs") if _CACHE else Path(tempfile.gettempdir(), f"sbs_kernels_{os.getuid()}")
+    if not inductor.is_own(path):
         raise SbsError(
             f"{path} is not a folder that you alone can write; remove it, or set TORCHINDUCTOR_CACHE_DIR to another "
             "folder"

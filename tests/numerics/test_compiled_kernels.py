@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import fcntl
 import os
+import re
+import shutil
 import subprocess
 import sys
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 import torch
+from torch._inductor import cpp_builder
 from torch._inductor.runtime.cache_dir_utils import default_cache_dir
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
@@ -95,7 +100,7 @@ def test_graphs_are_made_per_kind_of_tensor_and_not_per_shape(libraries):
 @pytest.mark.timeout(400)
 def test_a_library_serves_other_sizes_threads_and_processes(tmp_path, monkeypatch):
     """Made once for (outer, channels, inner) of one call; another process finds it, other threads want their own."""
-    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(library, "_CACHE", str(tmp_path))
     form = kernels.Form(False, kernels.GateMode.BEFORE, (3, 15))
     shift, scale, levels = torch.tensor([0.0, 1.7, 15.0]).unbind(0)
 
@@ -137,7 +142,7 @@ def _compare_encode() -> None:
 
 def test_a_damaged_library_is_made_again(tmp_path, monkeypatch):
     """Loading one would end the process. What a killed builder has left goes as well."""
-    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(library, "_CACHE", str(tmp_path))
     _compare_encode()
     (path,) = tmp_path.glob("sbs/*.so")
     whole = path.read_bytes()
@@ -155,7 +160,7 @@ def test_a_damaged_library_is_made_again(tmp_path, monkeypatch):
 
 def test_a_lock_that_is_never_left_ends_in_eager_kernels(tmp_path, monkeypatch, libraries):
     """As by a stopped process: one warning that says so, and right results."""
-    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(library, "_CACHE", str(tmp_path))
     monkeypatch.setattr(library, "LOCK_LIMIT_S", 0.1)
     monkeypatch.setattr(compiled._Compiled, "_warned", False)
     sbs.use_compiled(True)
@@ -196,7 +201,7 @@ def test_a_small_layer_at_one_width_is_not_worth_a_library(libraries):
 
 def test_what_torch_compiles_to_in_a_form_unknown_here_is_not_run(tmp_path, monkeypatch, libraries):
     """As by another version of torch: one warning, and right results."""
-    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(library, "_CACHE", str(tmp_path))
     monkeypatch.setattr(compiled._Compiled, "_warned", False)
     monkeypatch.setattr(inductor, "_IMPORTED", "a line that is not there")
     sbs.use_compiled(True)
@@ -209,7 +214,7 @@ def test_what_torch_compiles_to_in_a_form_unknown_here_is_not_run(tmp_path, monk
 
 def test_a_plan_that_needs_other_names_is_not_kept(tmp_path, monkeypatch):
     """It is run once before it is: afterwards it would fail in the midst of training."""
-    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(library, "_CACHE", str(tmp_path))
     compile_kernel = inductor.compile_kernel
 
     def other(*given):
@@ -221,24 +226,66 @@ def test_a_plan_that_needs_other_names_is_not_kept(tmp_path, monkeypatch):
         _compare_encode()
     assert not list(tmp_path.glob("sbs/*.so"))
     monkeypatch.undo()
-    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(library, "_CACHE", str(tmp_path))
     _compare_encode()
 
 
-def test_the_default_that_torch_sets_is_nobodys_wish(tmp_path, monkeypatch):
-    """Once it compiles, torch writes the folder of its cache into the environment: ours must stay where it was."""
+def test_nothing_that_torch_has_cached_gets_into_a_library(tmp_path, monkeypatch):
+    """Which may be another machine's, damaged, or another user's. Its cache stays as it is, and so does its setting."""
+    monkeypatch.setattr(library, "_CACHE", str(tmp_path / "ours"))
+    for setting in (None, str(tmp_path / "theirs")):
+        if setting is None:
+            monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR", raising=False)
+        else:
+            monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", setting)
+        shutil.rmtree(tmp_path / "ours", ignore_errors=True)
+        _compare_encode()
+        assert os.environ.get("TORCHINDUCTOR_CACHE_DIR") == setting
+    assert len(list((tmp_path / "ours").rglob("*.so"))) == 1
+    assert not list(tmp_path.glob("theirs/**/*.so"))
+
+
+def test_threads_compile_one_after_the_other(tmp_path, monkeypatch):
+    """Torch's tracing knows but one at a time."""
+    monkeypatch.setattr(library, "_CACHE", str(tmp_path))
+
+    def difference(grid: tuple[int, ...]) -> float:
+        form = FORM._replace(grid=grid)
+        made = library.kernel(kernels.residual_sums, _operand(), form, (), {})
+        return (made(_operand(), form) - kernels.residual_sums(_operand(), form)).abs().max().item()
+
+    with ThreadPoolExecutor(3) as threads:
+        assert max(threads.map(difference, [(3, 15, 255), (1, 3, 255), (1, 3, 15)])) < 1e-3
+
+
+def test_headers_are_precompiled_and_used(tmp_path, monkeypatch):
+    """They are the better half of what compiling a kernel takes."""
+    monkeypatch.setattr(library, "_CACHE", str(tmp_path))
+    inductor._headers.cache_clear()
+    _compare_encode()
+    inductor._headers().result(timeout=100)
+    commands = []
+    run = cpp_builder.run_compile_cmd
+    monkeypatch.setattr(cpp_builder, "run_compile_cmd", lambda line, cwd: commands.append(line) or run(line, cwd))
+    library.kernel(kernels.residual_sums, _operand(), FORM._replace(grid=(7, 31)), (), {})
+    (command,) = [line for line in commands if ".main.cpp" in line]
+    (header,) = re.findall(r"-include (\S+)", command)
+    assert Path(f"{header}.gch").stat().st_size > 2**20
+
+
+def test_headers_where_others_can_write_are_left_alone(tmp_path, monkeypatch):
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR", raising=False)
-    own = library.folder()
-    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", default_cache_dir())
-    assert library.folder() == own
-    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "mine"))
-    assert library.folder() == tmp_path / "mine" / "sbs"
+    Path(default_cache_dir()).mkdir()
+    Path(default_cache_dir()).chmod(0o777)
+    inductor._headers.cache_clear()
+    assert not inductor._succeeded(inductor._headers())
+    assert not inductor._headers().running()
+    inductor._headers.cache_clear()
 
 
 def test_without_openssl_headers_are_not_precompiled(tmp_path, monkeypatch):
     """The compiler's cache of headers wants that program; its lack must not cost the kernels."""
-    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(library, "_CACHE", str(tmp_path))
     monkeypatch.setattr(inductor.shutil, "which", lambda program: None)
     inductor._headers.cache_clear()
     run = subprocess.run
@@ -265,7 +312,7 @@ def test_every_type_is_a_kind_of_its_own_and_fake_tensors_have_no_memory():
 
 
 def test_a_folder_that_others_can_write_or_change_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(library, "_CACHE", str(tmp_path))
     (tmp_path / "own").mkdir(mode=0o700)
     (tmp_path / "sbs").symlink_to(tmp_path / "own")
     with pytest.raises(sbs.SbsError, match="not a folder that you alone can write"):
@@ -293,6 +340,15 @@ assert all(torch.equal(g, want) for g in got)
 ours = [str(w.message) for w in caught if "run uncompiled" in str(w.message)]
 print(len(ours), sbs.use_compiled(True))
 """
+
+
+def test_warnings_of_the_compiler_are_no_errors(tmp_path):
+    """Not even for those who asked Python to take them for such."""
+    script = "from tests.numerics.test_compiled_kernels import _compare_encode; _compare_encode()"
+    environment = os.environ | {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}
+    command = [sys.executable, "-W", "error", "-W", "ignore::pytest.PytestWarning", "-c", script]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=100, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
 
 
 def test_without_a_compiler_the_kernels_run_eagerly_after_one_warning(tmp_path):

@@ -5,6 +5,7 @@ kernel takes 2. What torch.compile makes has a plan in Python around it instead,
 the kernel. Its first lines import the compiler (3 s) and are cut off; what the rest needs of them is in `load`.
 """
 
+import atexit
 import functools
 import math
 import os
@@ -98,7 +99,7 @@ def _private_cache() -> Iterator[None]:
     other users could have put it.
     """
     former = os.environ.get(_CACHE)
-    os.environ[_CACHE] = _folder().name
+    os.environ[_CACHE] = _folder()
     try:
         yield
     finally:
@@ -109,9 +110,16 @@ def _private_cache() -> Iterator[None]:
 
 
 @functools.cache
-def _folder() -> tempfile.TemporaryDirectory[str]:
+def _folder() -> str:
     """This process's own; for as long as it lives, as torch remembers what is in there."""
-    return tempfile.TemporaryDirectory(prefix="sbs_compiling_", ignore_cleanup_errors=True)
+    folder, maker = tempfile.mkdtemp(prefix="sbs_compiling_"), os.getpid()
+
+    def remove() -> None:
+        if os.getpid() == maker:  # and not one that was forked
+            shutil.rmtree(folder, ignore_errors=True)
+
+    atexit.register(remove)
+    return folder
 
 
 @functools.cache

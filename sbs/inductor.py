@@ -5,7 +5,6 @@ kernel takes 2. What torch.compile makes has a plan in Python around it instead,
 the kernel. Its first lines import the compiler (3 s) and are cut off; what the rest needs of them is in `load`.
 """
 
-import atexit
 import functools
 import math
 import os
@@ -63,8 +62,7 @@ def compile_kernel(function: Callable[..., Any], example: tuple[Tensor, ...], op
     def flat(*tensors: Tensor) -> list[Any]:
         return _leaves(function(*tensors))
 
-    with _ALONE, _private_cache(), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of torch's own deprecated calls
+    with _ALONE, warnings.catch_warnings(action="ignore"), _private_cache():  # torch warns of its own deprecated calls
         precompiled = _headers()
         # these take a while, in which the thread of the headers gets on
         from torch._inductor import config
@@ -98,28 +96,19 @@ def _private_cache() -> Iterator[None]:
     That cache does not tell machines that share it apart, takes damaged files for sound ones, and by default lies where
     other users could have put it.
     """
+    from torch._inductor.codecache import CppPythonBindingsCodeCache
+
+    CppPythonBindingsCodeCache.cache_clear()  # nor what it remembers of files in folders that are gone
     former = os.environ.get(_CACHE)
-    os.environ[_CACHE] = _folder()
-    try:
-        yield
-    finally:
-        if former is None:
-            del os.environ[_CACHE]
-        else:
-            os.environ[_CACHE] = former
-
-
-@functools.cache
-def _folder() -> str:
-    """This process's own; for as long as it lives, as torch remembers what is in there."""
-    folder, maker = tempfile.mkdtemp(prefix="sbs_compiling_"), os.getpid()
-
-    def remove() -> None:
-        if os.getpid() == maker:  # and not one that was forked
-            shutil.rmtree(folder, ignore_errors=True)
-
-    atexit.register(remove)
-    return folder
+    with tempfile.TemporaryDirectory(prefix="sbs_compiling_", ignore_cleanup_errors=True) as folder:
+        os.environ[_CACHE] = folder
+        try:
+            yield
+        finally:
+            if former is None:
+                del os.environ[_CACHE]
+            else:
+                os.environ[_CACHE] = former
 
 
 @functools.cache

@@ -24,8 +24,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+CACHE = "TORCHINDUCTOR_CACHE_DIR"
+"""Names torch's folder for what it compiles; torch sets it to its own default as soon as it compiles something."""
 _POINTERS = "_TORCHINDUCTOR_PYOBJECT_TENSOR_DATA_PTR"
-_CACHE = "TORCHINDUCTOR_CACHE_DIR"
 # Whatever a user prefers: a plan in Python, of one piece, whose kernel is compiled here and now, and computes the codes
 # that eager code does. Libraries outlive the process that made them.
 _OPTIONS = {
@@ -99,16 +100,16 @@ def _private_cache() -> Iterator[None]:
     from torch._inductor.codecache import CppPythonBindingsCodeCache
 
     CppPythonBindingsCodeCache.cache_clear()  # nor what it remembers of files in folders that are gone
-    former = os.environ.get(_CACHE)
+    former = os.environ.get(CACHE)
     with tempfile.TemporaryDirectory(prefix="sbs_compiling_", ignore_cleanup_errors=True) as folder:
-        os.environ[_CACHE] = folder
+        os.environ[CACHE] = folder
         try:
             yield
         finally:
             if former is None:
-                del os.environ[_CACHE]
+                del os.environ[CACHE]
             else:
-                os.environ[_CACHE] = former
+                os.environ[CACHE] = former
 
 
 @functools.cache

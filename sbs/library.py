@@ -28,8 +28,8 @@ from sbs.kernels import Form, Operand
 
 LOCK_LIMIT_S = 300.0
 """How long to wait for another process that makes the same library: some times what it takes on a busy machine."""
-# as the process found it: once torch compiles something, it writes its own default into the environment
-_CACHE = os.environ.get("TORCHINDUCTOR_CACHE_DIR")
+# as it was when this was imported: later it may be torch's
+_GIVEN = os.environ.get(inductor.CACHE)
 # a library's file: machine code, plan, the plan's length in bytes, digest of all that
 _LENGTH, _DIGEST = 8, hashlib.sha256().digest_size
 
@@ -66,10 +66,10 @@ def _tensors(operand: Operand, args: tuple[Any, ...]) -> list[Tensor]:
 
 _SHAPES: dict[Callable[..., Any], Callable[[tuple[Any, ...]], Any]] = {
     kernels.encode: lambda found: found[0],
-    kernels.encode_with_check: lambda found: found,
-    kernels.encode_with_sums: lambda found: found,
+    kernels.encode_with_check: tuple,
+    kernels.encode_with_sums: tuple,
     kernels.residual_sums: lambda found: found[0],
-    kernels.backward: lambda found: found,
+    kernels.backward: tuple,
     kernels.backward_with_codes: lambda found: (found[:4], found[4]),
 }
 """From a library's flat list to what the kernel returns."""
@@ -134,7 +134,7 @@ def _example(tensor: Tensor) -> Tensor:
 
 def folder() -> Path:
     """Where libraries lie, made if need be; raises SbsError where another user could put some there."""
-    path = Path(_CACHE, "sbs") if _CACHE else Path(tempfile.gettempdir(), f"sbs_kernels_{os.getuid()}")
+    path = Path(_GIVEN, "sbs") if _GIVEN else Path(tempfile.gettempdir(), f"sbs_kernels_{os.getuid()}")
     if not inductor.is_own(path):
         raise SbsError(
             f"{path} is not a folder that you alone can write; remove it, or set TORCHINDUCTOR_CACHE_DIR to another "

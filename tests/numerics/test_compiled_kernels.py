@@ -5,7 +5,6 @@ from __future__ import annotations
 import fcntl
 import os
 import re
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -100,7 +99,7 @@ def test_graphs_are_made_per_kind_of_tensor_and_not_per_shape(libraries):
 @pytest.mark.timeout(400)
 def test_a_library_serves_other_sizes_threads_and_processes(tmp_path, monkeypatch):
     """Made once for (outer, channels, inner) of one call; another process finds it, other threads want their own."""
-    monkeypatch.setattr(library, "_CACHE", str(tmp_path))
+    monkeypatch.setattr(library, "_GIVEN", str(tmp_path))
     form = kernels.Form(False, kernels.GateMode.BEFORE, (3, 15))
     shift, scale, levels = torch.tensor([0.0, 1.7, 15.0]).unbind(0)
 
@@ -142,7 +141,7 @@ def _compare_encode() -> None:
 
 def test_a_damaged_library_is_made_again(tmp_path, monkeypatch):
     """Loading one would end the process. What a killed builder has left goes as well."""
-    monkeypatch.setattr(library, "_CACHE", str(tmp_path))
+    monkeypatch.setattr(library, "_GIVEN", str(tmp_path))
     _compare_encode()
     (path,) = tmp_path.glob("sbs/*.so")
     whole = path.read_bytes()
@@ -160,7 +159,7 @@ def test_a_damaged_library_is_made_again(tmp_path, monkeypatch):
 
 def test_a_lock_that_is_never_left_ends_in_eager_kernels(tmp_path, monkeypatch, libraries):
     """As by a stopped process: one warning that says so, and right results."""
-    monkeypatch.setattr(library, "_CACHE", str(tmp_path))
+    monkeypatch.setattr(library, "_GIVEN", str(tmp_path))
     monkeypatch.setattr(library, "LOCK_LIMIT_S", 0.1)
     monkeypatch.setattr(compiled._Compiled, "_warned", False)
     sbs.use_compiled(True)
@@ -201,7 +200,7 @@ def test_a_small_layer_at_one_width_is_not_worth_a_library(libraries):
 
 def test_what_torch_compiles_to_in_a_form_unknown_here_is_not_run(tmp_path, monkeypatch, libraries):
     """As by another version of torch: one warning, and right results."""
-    monkeypatch.setattr(library, "_CACHE", str(tmp_path))
+    monkeypatch.setattr(library, "_GIVEN", str(tmp_path))
     monkeypatch.setattr(compiled._Compiled, "_warned", False)
     monkeypatch.setattr(inductor, "_IMPORTED", "a line that is not there")
     sbs.use_compiled(True)
@@ -214,7 +213,7 @@ def test_what_torch_compiles_to_in_a_form_unknown_here_is_not_run(tmp_path, monk
 
 def test_a_plan_that_needs_other_names_is_not_kept(tmp_path, monkeypatch):
     """It is run once before it is: afterwards it would fail in the midst of training."""
-    monkeypatch.setattr(library, "_CACHE", str(tmp_path))
+    monkeypatch.setattr(library, "_GIVEN", str(tmp_path))
     compile_kernel = inductor.compile_kernel
 
     def other(*given):
@@ -226,28 +225,28 @@ def test_a_plan_that_needs_other_names_is_not_kept(tmp_path, monkeypatch):
         _compare_encode()
     assert not list(tmp_path.glob("sbs/*.so"))
     monkeypatch.undo()
-    monkeypatch.setattr(library, "_CACHE", str(tmp_path))
+    monkeypatch.setattr(library, "_GIVEN", str(tmp_path))
     _compare_encode()
 
 
-def test_nothing_that_torch_has_cached_gets_into_a_library(tmp_path, monkeypatch):
+@pytest.mark.parametrize("setting", ["theirs", None])
+def test_nothing_that_torch_has_cached_gets_into_a_library(tmp_path, monkeypatch, setting):
     """Which may be another machine's, damaged, or another user's. Its cache stays as it is, and so does its setting."""
-    monkeypatch.setattr(library, "_CACHE", str(tmp_path / "ours"))
-    for setting in (None, str(tmp_path / "theirs")):
-        if setting is None:
-            monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR", raising=False)
-        else:
-            monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", setting)
-        shutil.rmtree(tmp_path / "ours", ignore_errors=True)
-        _compare_encode()
-        assert os.environ.get("TORCHINDUCTOR_CACHE_DIR") == setting
+    monkeypatch.setattr(library, "_GIVEN", str(tmp_path / "ours"))
+    theirs = setting and str(tmp_path / setting)
+    if theirs is None:
+        monkeypatch.delenv(inductor.CACHE, raising=False)
+    else:
+        monkeypatch.setenv(inductor.CACHE, theirs)
+    _compare_encode()
+    assert os.environ.get(inductor.CACHE) == theirs
     assert len(list((tmp_path / "ours").rglob("*.so"))) == 1
-    assert not list(tmp_path.glob("theirs/**/*.so"))
+    assert not (tmp_path / "theirs").exists()
 
 
 def test_threads_compile_one_after_the_other(tmp_path, monkeypatch):
     """Torch's tracing knows but one at a time."""
-    monkeypatch.setattr(library, "_CACHE", str(tmp_path))
+    monkeypatch.setattr(library, "_GIVEN", str(tmp_path))
 
     def difference(grid: tuple[int, ...]) -> float:
         form = FORM._replace(grid=grid)
@@ -258,19 +257,44 @@ def test_threads_compile_one_after_the_other(tmp_path, monkeypatch):
         assert max(threads.map(difference, [(3, 15, 255), (1, 3, 255), (1, 3, 15)])) < 1e-3
 
 
-def test_headers_are_precompiled_and_used(tmp_path, monkeypatch):
+@pytest.fixture
+def compilations(monkeypatch) -> list[str]:
+    """The command lines that compile kernels from here on."""
+    found: list[str] = []
+    run = cpp_builder.run_compile_cmd
+
+    def record(line: str, cwd: str) -> None:
+        if ".main.cpp" in line:
+            found.append(line)
+        run(line, cwd)
+
+    monkeypatch.setattr(cpp_builder, "run_compile_cmd", record)
+    return found
+
+
+def test_headers_are_precompiled_and_used(tmp_path, monkeypatch, compilations):
     """They are the better half of what compiling a kernel takes."""
-    monkeypatch.setattr(library, "_CACHE", str(tmp_path))
+    monkeypatch.setattr(library, "_GIVEN", str(tmp_path))
     inductor._headers.cache_clear()
     _compare_encode()
     inductor._headers().result(timeout=100)
-    commands = []
-    run = cpp_builder.run_compile_cmd
-    monkeypatch.setattr(cpp_builder, "run_compile_cmd", lambda line, cwd: commands.append(line) or run(line, cwd))
+    compilations.clear()
     library.kernel(kernels.residual_sums, _operand(), FORM._replace(grid=(7, 31)), (), {})
-    (command,) = [line for line in commands if ".main.cpp" in line]
+    (command,) = compilations
     (header,) = re.findall(r"-include (\S+)", command)
     assert Path(f"{header}.gch").stat().st_size > 2**20
+
+
+def test_a_users_own_arithmetic_does_not_get_into_libraries(tmp_path, monkeypatch, compilations):
+    """They outlive the process, and codes must be those of eager code."""
+    monkeypatch.setattr(library, "_GIVEN", str(tmp_path))
+    own = {"cpp.enable_floating_point_contract_flag": "fast", "cpp.enable_unsafe_math_opt_flag": True}
+    with torch._inductor.config.patch(own):
+        library.kernel(kernels.residual_sums, _operand(), FORM._replace(grid=(7, 63)), (), {})
+    (command,) = compilations
+    assert "-ffp-contract=off" in command
+    assert "-ffp-contract=fast" not in command
+    assert "-fno-unsafe-math-optimizations" in command
 
 
 def test_headers_where_others_can_write_are_left_alone(tmp_path, monkeypatch):
@@ -285,7 +309,7 @@ def test_headers_where_others_can_write_are_left_alone(tmp_path, monkeypatch):
 
 def test_without_openssl_headers_are_not_precompiled(tmp_path, monkeypatch):
     """The compiler's cache of headers wants that program; its lack must not cost the kernels."""
-    monkeypatch.setattr(library, "_CACHE", str(tmp_path))
+    monkeypatch.setattr(library, "_GIVEN", str(tmp_path))
     monkeypatch.setattr(inductor.shutil, "which", lambda program: None)
     inductor._headers.cache_clear()
     run = subprocess.run
@@ -312,7 +336,7 @@ def test_every_type_is_a_kind_of_its_own_and_fake_tensors_have_no_memory():
 
 
 def test_a_folder_that_others_can_write_or_change_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr(library, "_CACHE", str(tmp_path))
+    monkeypatch.setattr(library, "_GIVEN", str(tmp_path))
     (tmp_path / "own").mkdir(mode=0o700)
     (tmp_path / "sbs").symlink_to(tmp_path / "own")
     with pytest.raises(sbs.SbsError, match="not a folder that you alone can write"):

@@ -229,4 +229,5 @@ def rows() -> Iterator[Row]:
             yield from table(case, times, {name: peak_bytes(v) for name, v in made.items()})
     with tempfile.TemporaryDirectory() as cache:
         yield Row("compilation of the search step, cold", compilation_s(cache), COLD_MUST_S, "s")
-        yield Row("compilation of the search step, from its cache", compilation_s(cache), WARM_MUST_S, "s")
+        kept = estimate([compilation_s(cache) for _ in range(3)])  # a difference: noise may take it below zero
+        yield Row("compilation of the search step, from its cache", kept, WARM_MUST_S, "s")

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch.nn import functional as F
 
@@ -33,9 +33,9 @@ def _exactly(x: torch.Tensor, w: torch.Tensor, geometry: Geometry, factor: float
     return (factor * y.float()).contiguous(memory_format=torch.channels_last)
 
 
-@pytest.fixture(scope="module", params=[pytest.param("oneDNN", marks=needs_instructions), "stand-in"])
+@pytest.fixture(params=[pytest.param("oneDNN", marks=needs_instructions), "stand-in"])
 def multiplier(request: pytest.FixtureRequest) -> Iterator[None]:
-    """Who multiplies the bytes."""
+    """Who multiplies the bytes: one test at a time, so that those without it have the machine's own way."""
     with pytest.MonkeyPatch.context() as patch:
         if request.param == "stand-in":
             patch.setattr(integer, "_convolve", _exactly)
@@ -60,7 +60,7 @@ def geometries(draw) -> tuple[Geometry, tuple[int, int]]:
 
 
 @with_bytes
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     chosen=geometries(),
     levels=st.sampled_from([1, 3, 7, 15, 63, 127, 255]),

@@ -13,7 +13,7 @@ from sbs.gates import selected
 from sbs.graph import NORMS, NetworkGraph, analyze
 from sbs.layers import QuantizedLayer, QuantSettings, check_own_weights, from_float
 from sbs.modules import first_parameter, put, unwrapped
-from sbs.policy import LayerPolicy, Policy
+from sbs.policy import Policy
 from sbs.space import FULL_PRECISION_BITS
 from sbs.supernet import SuperNet, supernet_of
 from sbs.tracing import check_calls, check_unhooked
@@ -26,32 +26,28 @@ def freeze(net: SuperNet) -> Policy:
     weight = selected(net.weight_gates.decided()).tolist()
     activation = selected(net.activation_gates.decided()).tolist()
     channels = net.channel_gates_of(net.channel_gates.decided()) if net.group_slices else []
-    layers = []
+    bits, kept = {}, {}
     for info in net.graph.layers:
-        bits = (net.space.first_last_bits,) * 2
+        bits[info.name] = (net.space.first_last_bits,) * 2
         if info.name in rows:
             row = rows[info.name]
-            bits = (net.space.weight_bits[weight[row]], net.space.activation_bits[activation[row]])
-        kept = count = None
+            bits[info.name] = (net.space.weight_bits[weight[row]], net.space.activation_bits[activation[row]])
         if info.group is not None and channels and bool((channels[info.group] == 0).any()):
-            kept = tuple(int(c) for c in channels[info.group].nonzero().squeeze(1))
-            count = info.out_channels
-        layers.append(LayerPolicy(info.name, *bits, kept, count))
-    return Policy(type(net.model).__name__, net.graph.input_shape, tuple(layers))
+            kept[info.name] = tuple(int(c) for c in channels[info.group].nonzero().squeeze(1))
+    return Policy.of(type(net.model).__name__, net.graph, bits, kept)
 
 
 def policy_of(net: nn.Module, graph: NetworkGraph) -> Policy:
     """The policy that a network embodies now: super-network (its open gates), compressed or float network."""
     if isinstance(net, SuperNet):
         return freeze(net)
-    layers = []
+    bits = {}
     for info in graph.layers:
         layer = net.get_submodule(info.name)
-        bits = (FULL_PRECISION_BITS, FULL_PRECISION_BITS)
+        bits[info.name] = (FULL_PRECISION_BITS, FULL_PRECISION_BITS)
         if isinstance(layer, QuantizedLayer):
-            bits = (layer.settings.weight_bits[-1], layer.settings.activation_bits[-1])
-        layers.append(LayerPolicy(info.name, *bits))
-    return Policy(type(net).__name__, graph.input_shape, tuple(layers))
+            bits[info.name] = (layer.settings.weight_bits[-1], layer.settings.activation_bits[-1])
+    return Policy.of(type(net).__name__, graph, bits)
 
 
 def compress(

@@ -120,7 +120,7 @@ def cost(
     net_or_model = unwrapped(net_or_model)
     graph = trace(net_or_model, input_shape)
     policy = policy_of(net_or_model, graph) if policy is None else policy.checked(graph)
-    return cost_of(graph, policy, _norm_tensors(net_or_model, graph), convention)
+    return cost_of(graph, policy, _own_tensors(net_or_model, graph), convention)
 
 
 def trace(net_or_model: nn.Module, input_shape: tuple[int, ...]) -> NetworkGraph:
@@ -134,39 +134,46 @@ def trace(net_or_model: nn.Module, input_shape: tuple[int, ...]) -> NetworkGraph
 
 
 @dataclass(frozen=True)
-class NormTensors:
-    """A norm or activation with parameters: its group, its channels, its parameters and buffers per channel."""
+class OwnTensors:
+    """What a module that is no layer holds, most often a norm: numbers in parameters and in buffers of floats.
+
+    group: index of the ChannelGroup that a norm belongs to, and then the numbers are those of one channel; else None.
+    """
 
     group: int | None
-    channels: int
     parameters: int
     buffers: int
 
 
-def _norm_tensors(net: nn.Module, graph: NetworkGraph) -> tuple[NormTensors, ...]:
+def _own_tensors(net: nn.Module, graph: NetworkGraph) -> tuple[OwnTensors, ...]:
     model = net.model if isinstance(net, SuperNet) else net
     group_of = {norm: i for i, g in enumerate(graph.groups) for norm in g.norms}
+    saved = model.state_dict()
     result = []
     for name, m in model.named_modules():
-        own = [p for p in m.parameters(recurse=False) if p.dim() == 1]
-        if isinstance(m, nn.Conv2d | nn.Linear) or not own:
+        if isinstance(m, nn.Conv2d | nn.Linear):
             continue
-        running = [b for b in m.buffers(recurse=False) if b.dim() == 1]
-        result.append(NormTensors(group_of.get(name), own[0].numel(), len(own), len(running)))
+        group = group_of.get(name)
+        channels = 1 if group is None else graph.groups[group].channels
+        parameters = sum(p.numel() for p in m.parameters(recurse=False)) // channels
+        floats = [(key, b) for key, b in m.named_buffers(name, recurse=False) if b.is_floating_point()]
+        buffers = sum(b.numel() for key, b in floats if key in saved) // channels
+        result.append(OwnTensors(group, parameters, buffers))
     return tuple(result)
 
 
-def cost_of(graph: NetworkGraph, policy: Policy, norms: tuple[NormTensors, ...], convention: str) -> CostReport:
-    """The pure part of `cost`: a graph, a policy that belongs to it, and its norms."""
+def cost_of(graph: NetworkGraph, policy: Policy, others: tuple[OwnTensors, ...], convention: str) -> CostReport:
+    """The pure part of `cost`: a graph, a policy that belongs to it, and what modules other than layers hold."""
     layers = tuple(_layer_cost(graph, info, policy, convention) for info in graph.layers)
     kept = [len(policy.kept_channels(graph, i)) for i in range(len(graph.groups))]
-    norm_params = sum(n.parameters * (n.channels if n.group is None else kept[n.group]) for n in norms)
-    norm_buffers = sum(n.buffers * (n.channels if n.group is None else kept[n.group]) for n in norms)
+    times = [1 if each.group is None else kept[each.group] for each in others]
+    parameters = sum(n * each.parameters for n, each in zip(times, others, strict=True))
+    buffers = sum(n * each.buffers for n, each in zip(times, others, strict=True))
     return CostReport(
         macs=sum(layer.macs for layer in layers),
         bops=sum(layer.bops for layer in layers),
-        params=sum(layer.params for layer in layers) + norm_params,
-        bytes=sum(layer.bytes for layer in layers) + FLOAT_BYTES * (norm_params + norm_buffers),
+        params=sum(layer.params for layer in layers) + parameters,
+        bytes=sum(layer.bytes for layer in layers) + FLOAT_BYTES * (parameters + buffers),
         layers=layers,
         convention=convention,
     )

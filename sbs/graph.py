@@ -44,12 +44,14 @@ class LayerInfo:
     kind: "conv", "depthwise", "grouped" or "linear". positions: output height x width (1 for linear).
     signed: the input can be negative. source: index of the channel group that feeds it, None if its inputs stay;
     repeat: input features per channel of that group (flattened maps). group: index of the group its outputs form.
+    window: kernel of a convolution, with stride, dilation and grouping that are not 1, as "3x3 stride 2"; else None.
     """
 
     name: str
     kind: str
     in_channels: int
     out_channels: int
+    window: str | None
     kernel_area: int
     groups: int
     positions: int
@@ -106,6 +108,8 @@ def analyze(model: nn.Module, example_input: Tensor) -> NetworkGraph:
     if not isinstance(example_input, Tensor) or example_input.dim() not in (2, 4):
         given = tuple(example_input.shape) if isinstance(example_input, Tensor) else example_input
         raise SbsError(f"example_input is {given!r}: give a batch of images, a tensor (N, C, H, W)")
+    if isinstance(model, nn.Conv2d | nn.Linear):
+        raise SbsError(f"the network is a lone {type(model).__name__}: put it in an nn.Sequential")
     parameter = next(model.parameters(), None)
     if parameter is not None:
         example_input = example_input.to(parameter.device, parameter.dtype)
@@ -368,6 +372,7 @@ def _sizes(m: nn.Module, shape: tuple[int, ...]) -> dict[str, Any]:
             "kind": kind,
             "in_channels": m.in_channels,
             "out_channels": m.out_channels,
+            "window": _window(m, kind),
             "kernel_area": math.prod(m.kernel_size),
             "groups": m.groups,
             "positions": math.prod(shape[2:]),
@@ -378,8 +383,20 @@ def _sizes(m: nn.Module, shape: tuple[int, ...]) -> dict[str, Any]:
         "kind": "linear",
         "in_channels": m.in_features,
         "out_channels": m.out_features,
+        "window": None,
         "kernel_area": 1,
         "groups": 1,
         "positions": 1,
         "bias": m.bias is not None,
     }
+
+
+def _window(m: nn.Conv2d, kind: str) -> str:
+    def sized(sizes: tuple[int, ...]) -> str:
+        return "x".join(map(str, sizes if len(set(sizes)) > 1 else sizes[:1]))
+
+    parts = ["x".join(map(str, m.kernel_size))]
+    parts += [f"{what} {sized(n)}" for what, n in (("stride", m.stride), ("dilation", m.dilation)) if set(n) != {1}]
+    if kind != "conv":
+        parts.append(kind if kind == "depthwise" else f"groups {m.groups}")
+    return " ".join(parts)

@@ -1,14 +1,16 @@
 """A policy: bits and kept channels of every layer, as a versioned JSON document.
 
 Written by hand it may be short: every layer's name, weight_bits and activation_bits; `kept`, a list of output channels,
-only where channels go. Layers that the graph ties to a pruned one (depth-wise followers, consumers) follow by
-themselves.
+only where channels go. `channels` and `window`, which tell the network apart, may be left out. Layers that the graph
+ties to a pruned one (depth-wise followers, consumers) follow by themselves.
 """
 
 import json
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from torch import Tensor, nn
@@ -26,7 +28,8 @@ VERSION = 1
 class LayerPolicy:
     """One layer's choice. kept: indices of the kept output channels in rising order, None for all of them.
 
-    channels: how many output channels the layer has that `kept` speaks of, None where nobody said.
+    channels: output channels of the unpruned layer; window: its kernel, stride and grouping, as "3x3 stride 2". A
+    network whose layer differs is refused; None where nobody said, and for the classes of the last layer.
     """
 
     name: str
@@ -34,6 +37,7 @@ class LayerPolicy:
     activation_bits: int
     kept: tuple[int, ...] | None = None
     channels: int | None = None
+    window: str | None = None
 
 
 @dataclass(frozen=True)
@@ -75,11 +79,30 @@ class Policy:
             edge_bits = FULL_PRECISION_BITS if full else EDGE_BITS
         model = unwrapped(model)
         graph = analyze(model, example_input)
+        bits = {i.name: (edge_bits,) * 2 if i.edge else (weight_bits, activation_bits) for i in graph.layers}
+        return cls.of(type(model).__name__, graph, bits).checked(graph)
+
+    @classmethod
+    def of(
+        cls,
+        model: str,
+        graph: NetworkGraph,
+        bits: Mapping[str, tuple[int, int]],
+        kept: Mapping[str, tuple[int, ...]] = MappingProxyType({}),
+    ) -> "Policy":
+        """Bits of weights and activations by layer, kept channels where some go, and what tells the network apart."""
+        last = graph.layers[-1]
         layers = tuple(
-            LayerPolicy(i.name, edge_bits if i.edge else weight_bits, edge_bits if i.edge else activation_bits)
-            for i in graph.layers
+            LayerPolicy(
+                info.name,
+                *bits[info.name],
+                kept=kept.get(info.name),
+                channels=None if info is last else info.out_channels,  # one may search with other classes
+                window=info.window,
+            )
+            for info in graph.layers
         )
-        return cls(type(model).__name__, graph.input_shape, layers).checked(graph)
+        return cls(model, graph.input_shape, layers)
 
     def checked(self, graph: NetworkGraph) -> "Policy":
         """Return self if it belongs to `graph`; raise SbsError naming the first thing that does not fit."""
@@ -92,6 +115,11 @@ class Policy:
             raise SbsError(
                 f"the policy (of {self.model}) is of another network: "
                 f"layers without a policy: {_some(missing)}; layers that this network does not have: {_some(unknown)}"
+            )
+        if self.input_shape[:1] != graph.input_shape[:1]:
+            raise SbsError(
+                f"the policy (of {self.model}) is of another network: it is for inputs of {self.input_shape}, whose "
+                f"channels come first; this network's are {graph.input_shape}"
             )
         for info in graph.layers:
             self._check_layer(graph, info)
@@ -110,6 +138,11 @@ class Policy:
             raise SbsError(
                 f"the policy (of {self.model}) is of another network: its layer {info.name!r} has {choice.channels} "
                 f"output channels, this network's has {info.out_channels}"
+            )
+        if choice.window not in (None, info.window):
+            raise SbsError(
+                f"the policy (of {self.model}) is of another network: its layer {info.name!r} is {choice.window!r}, "
+                f"this network's {info.window or 'linear'!r}"
             )
         if choice.kept is None:
             return
@@ -134,6 +167,9 @@ class Policy:
     def to_json(self) -> dict[str, Any]:
         """The document as plain data."""
         layers = [{k: v for k, v in asdict(layer).items() if v is not None} for layer in self.layers]
+        for layer in layers:
+            if "kept" in layer:
+                layer["kept"] = list(layer["kept"])  # as it comes back from a file
         return {
             "format": FORMAT,
             "version": VERSION,
@@ -193,12 +229,16 @@ def _layer_from_json(entry: dict[str, Any]) -> LayerPolicy:
     for key in whole:
         if type(entry[key]) is not int:
             raise ValueError(f"layer {entry.get('name')!r}: {key}={entry[key]!r} is not a whole number")
+    window = entry.get("window")
+    if window is not None and not isinstance(window, str):
+        raise ValueError(f"layer {entry.get('name')!r}: window={window!r} is not a text as '3x3 stride 2'")
     return LayerPolicy(
         str(entry["name"]),
         entry["weight_bits"],
         entry["activation_bits"],
         None if kept is None else tuple(kept),
         entry.get("channels"),
+        window,
     )
 
 

@@ -99,6 +99,31 @@ def test_a_pruned_network_by_hand():
     assert sbs.cost(model, (3, 2, 2), policy, "uniq").bops == pytest.approx(uniq)
 
 
+class _Scaled(nn.Module):
+    """Parameters of its own, of several sizes; a norm without any that has statistics, a buffer that is not saved."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(3, 8, 3, padding=1)
+        self.norm = nn.BatchNorm2d(8, affine=False)
+        self.second = nn.Conv2d(8, 8, 3)
+        self.by_channel = nn.Parameter(torch.ones(8, 1, 1))
+        self.by_one = nn.Parameter(torch.ones(()))
+        self.register_buffer("ours", torch.ones(8, 1, 1))
+        self.register_buffer("passing", torch.ones(8, 1, 1), persistent=False)
+        self.last = nn.Linear(8, 5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = torch.relu(self.second(torch.relu(self.norm(self.first(x)))))
+        return self.last((x * self.by_channel * self.by_one * self.ours * self.passing).mean((2, 3)))
+
+
+def test_parameters_of_a_networks_own_count_whatever_their_shape():
+    report = sbs.cost(_Scaled(), (3, 8, 8))
+    assert report.params == sum(p.numel() for p in _Scaled().parameters())
+    assert report.bytes == 4 * (report.params + 16 + 8)  # with running mean and variance, and the saved buffer
+
+
 def test_unknown_convention_is_refused_with_the_known_ones():
     with pytest.raises(SbsError, match=r"(?s)flops.*mac_product.*uniq"):
         sbs.cost(networks.Residual(), (3, 8, 8), convention="flops")

@@ -21,6 +21,10 @@ MISTAKES: dict[str, tuple[Any, str]] = {
     "no space": (lambda net: sbs.prepare(Leaky(), None, image()), r"takes a SearchSpace.*not None"),
     "prepared twice": (lambda net: sbs.prepare(net, sbs.SearchSpace(), image()), "is a super-network already"),
     "nothing to count": (lambda net: sbs.cost(nn.Identity(), (3, 8, 8)), "Identity has no parameters"),
+    "a layer for a network": (
+        lambda _: sbs.prepare(nn.Linear(3, 2), sbs.SearchSpace(), torch.zeros(1, 3)),
+        "lone Linear",
+    ),
     "nothing to compress": (lambda net: sbs.compress(nn.Identity(), sbs.freeze(net)), "Identity has no parameters"),
     "one size": (lambda net: sbs.cost(Leaky(), 16), r"input_shape=16: give \(channels, height, width\)"),
     "a share in words": (lambda net: sbs.SearchSpace(max_prune_share="half"), "max_prune_share='half'"),

@@ -35,27 +35,85 @@ def test_saved_and_loaded_policies_are_equal(tmp_path, document):
     assert sbs.Policy.load(tmp_path / "again.json") == policy
     on_disk = json.loads((tmp_path / "again.json").read_text())
     assert on_disk["version"] == 1
-    assert on_disk["layers"][1] == {"name": "conv_a", "weight_bits": 4, "activation_bits": 2, "kept": [0, 3, 5]}
+    expected = {"name": "conv_a", "weight_bits": 4, "activation_bits": 2, "channels": 8, "window": "3x3"}
+    assert on_disk["layers"][1] == expected | {"kept": [0, 3, 5]}
+    assert on_disk["layers"][-1] == {"name": "fc", "weight_bits": 8, "activation_bits": 8}
+    assert sbs.Policy.from_json(policy.to_json()) == policy
 
 
-def test_a_policy_knows_of_how_many_channels_it_kept_some(tmp_path):
+def test_a_policy_knows_the_channels_that_it_judged(tmp_path):
     """The same names and indices would fit a wider network, whose other channels nobody judged."""
+    torch.manual_seed(0)
     net = states.searched(networks.Residual(), 8, seed=2, group_size=2)
     sbs.freeze(net).save(tmp_path / "policy.json")
     policy = sbs.Policy.load(tmp_path / "policy.json")
     assert policy == sbs.freeze(net)
-    pruned = {layer.name: layer.channels for layer in policy.layers if layer.kept}
-    assert pruned == {"conv_a": 8, "conv_c": 16}
-    for call in (
-        lambda: sbs.compress(networks.Residual(width=16), policy),
-        lambda: sbs.cost(networks.Residual(width=16), (3, 8, 8), policy),
-    ):
-        message = "of Residual.* is of another network: its layer 'conv_a' has 8 output channels, this network's has 16"
-        with pytest.raises(SbsError, match=message):
+    assert any(layer.kept for layer in policy.layers)
+    known = {"stem": 8, "conv_a": 8, "conv_b": 8, "conv_c": 16, "conv_d": 16, "short": 16, "fc": None}
+    assert {layer.name: layer.channels for layer in policy.layers} == known
+    unpruned = sbs.Policy.uniform(networks.Residual(), X, 4, 4)
+    for each in (policy, unpruned):
+        assert sbs.compress(networks.Residual(num_classes=9), each).fc.out_features == 9
+
+
+def _with(**changes: Any) -> networks.Residual:
+    net = networks.Residual()
+    for name, conv in changes.items():
+        setattr(net, name, conv)
+    return net
+
+
+@pytest.mark.parametrize(
+    ("other", "named"),
+    [
+        (networks.Residual(width=16), "layer 'stem' has 8 output channels, this network's has 16"),
+        (
+            _with(conv_c=torch.nn.Conv2d(8, 16, 5, 2, 2)),
+            "layer 'conv_c' is '3x3 stride 2', this network's '5x5 stride 2'",
+        ),
+        (
+            _with(stem=torch.nn.Conv2d(3, 8, 3, dilation=2, padding=2)),
+            "'stem' is '3x3', this network's '3x3 dilation 2'",
+        ),
+        (
+            _with(conv_b=torch.nn.Conv2d(8, 8, 3, padding=1, groups=4)),
+            "'conv_b' is '3x3', this network's '3x3 groups 4'",
+        ),
+        (
+            _with(conv_b=torch.nn.Conv2d(8, 8, 3, padding=1, groups=8)),
+            "'conv_b' is '3x3', this network's '3x3 depthwise'",
+        ),
+    ],
+    ids=["width", "kernel", "dilation", "groups", "depthwise"],
+)
+def test_a_network_with_the_same_names_is_refused_by_its_first_other_layer(other, named):
+    policy = sbs.Policy.uniform(networks.Residual(), X, 4, 4)
+    for call in (lambda: sbs.compress(other, policy), lambda: sbs.cost(other, (3, 8, 8), policy)):
+        with pytest.raises(SbsError, match=f"of Residual.* is of another network: .*{named}"):
             call()
-    assert sbs.compress(networks.Residual(num_classes=9), policy).fc.out_features == 9
-    document = sbs.Policy.uniform(networks.Residual(), X, 4, 2).to_json()
-    document["layers"][1] |= {"kept": None, "channels": None}
+
+
+def test_variants_of_a_model_refuse_each_others_policies():
+    """Of the same class, with the same names and channels: only strides tell them apart."""
+    ours, theirs = (sbs.models.build(name, 10) for name in ("mobilenetv2_cifar", "mobilenetv2"))
+    policy = sbs.Policy.uniform(theirs, torch.zeros(1, 3, 64, 64), 4, 4)
+    with pytest.raises(SbsError, match=r"features\.0\.0' is '3x3 stride 2', this network's '3x3'"):
+        sbs.cost(ours, (3, 32, 32), policy)
+    assert sbs.cost(theirs, (3, 96, 96), policy).mean_weight_bits == 4
+
+
+def test_images_of_other_channels_are_of_another_network():
+    policy = sbs.Policy.uniform(networks.Residual(), X, 4, 4)
+    grey = _with(stem=torch.nn.Conv2d(1, 8, 3, padding=1, bias=False))
+    with pytest.raises(SbsError, match=r"for inputs of \(3, 8, 8\).*this network's are \(1, 8, 8\)"):
+        sbs.cost(grey, (1, 8, 8), policy)
+
+
+def test_policies_by_hand_need_not_tell_the_network(tmp_path, document):
+    """Channels and windows may be missing, or null; what is there must fit."""
+    short = [{k: e[k] for k in ("name", "weight_bits", "activation_bits")} for e in document["layers"]]
+    assert sbs.compress(networks.Residual(width=4), _load(document | {"layers": short}, tmp_path)).fc.in_features == 8
+    document["layers"][1] |= {"kept": None, "channels": None, "window": None}
     assert _load(document, tmp_path).layer("conv_a").channels is None
     document["layers"][1]["channels"] = 9
     with pytest.raises(SbsError, match="layer 'conv_a' has 9 output channels"):
@@ -125,6 +183,7 @@ def test_a_missing_file_is_named(tmp_path):
         ({"kept": [1.5]}, r"conv_a.*kept"),
         ({"kept": 3}, r"kept|conv_a"),
         ({"bits": 4}, r"conv_a.*bits"),
+        ({"window": 3}, r"conv_a.*window=3"),
         ({"name": "conv_x"}, r"conv_a.*conv_x"),
     ],
     ids=str,

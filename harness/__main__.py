@@ -21,6 +21,8 @@ app.add_typer(data_app, name="data")
 RecipeArgument = Annotated[str, typer.Argument(help="A named recipe, or the path of a TOML file.")]
 SetOption = Annotated[list[str], typer.Option("--set", help="Override, e.g. --set search.lambda=0.3; repeatable.")]
 
+DRY_RUN_HELP = "Two steps a stage on made-up images, no data, in this process; --run-dir and --ray have no effect."
+
 
 @app.command()
 def train(
@@ -30,7 +32,7 @@ def train(
     run_dir: Annotated[Path | None, typer.Option(help="Folder of the run (default: runs/LABEL-KEY).")] = None,
     init: Annotated[Path | None, typer.Option(help="Weights to search from in place of the pretraining.")] = None,
     ray: Annotated[bool, typer.Option("--ray", help="Use Ray Train with run.workers ranks.")] = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Two steps a stage on made-up images, no data.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help=DRY_RUN_HELP)] = False,
 ) -> None:
     """Train one trial: pretrain, search, compress, finetune, report. Run again, it goes on where it stopped.
 

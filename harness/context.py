@@ -34,10 +34,11 @@ _COPY_LIMIT_S, _LEAVING_COPY_LIMIT_S = 600.0, 8.0
 
 @dataclass(frozen=True)
 class Data:
-    """Where images come from: `harness.data`, or made-up ones in a dry run."""
+    """Where images come from: `harness.data`, or made-up ones in a dry run, of which no figure is worth a remark."""
 
     open: Callable[..., Any] = open_data
     checksum: Callable[[str], str] = data_checksum
+    made_up: bool = False
 
 
 REAL_DATA = Data()

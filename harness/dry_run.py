@@ -17,14 +17,21 @@ _IMAGES_PER_PART = 2
 _CHECKSUM = "made up"
 
 
-def dry_run(recipe: Recipe) -> dict[str, Any]:
-    """Run the recipe's real network at its real image size, two small steps a stage; the result (worth nothing)."""
+def dry_run(recipe: Recipe, init: Path | None = None) -> dict[str, Any]:
+    """Run the recipe's real network at its real image size, two small steps a stage; the result (worth nothing).
+
+    `init`: weights that take the place of the pretraining, as in a real run. Raises `UserError` if they do not fit.
+    """
     small = shortened(recipe)
     with tempfile.TemporaryDirectory(prefix="sbs-dry-run-") as folder:
         spec = TrialSpec(
-            recipe=small, key=trial_key(small, _CHECKSUM), label=trial_label(small), run_dir=str(Path(folder) / "run")
+            recipe=small,
+            key=trial_key(small, _CHECKSUM),
+            label=trial_label(small),
+            run_dir=str(Path(folder) / "run"),
+            init=None if init is None else str(init.absolute()),
         )
-        return run(spec, data=Data(open=_MadeUp, checksum=lambda _: _CHECKSUM))
+        return run(spec, data=Data(open=_MadeUp, checksum=lambda _: _CHECKSUM, made_up=True))
 
 
 def shortened(recipe: Recipe) -> Recipe:

@@ -15,7 +15,7 @@ from harness.config import Recipe, load_recipe, parse_recipe
 from harness.data import open_data
 from harness.errors import UserError
 from harness.metrics import evaluate
-from harness.networks import as_document, example_input, full_precision, restored
+from harness.networks import example_input, full_precision, restored
 from harness.ranks import arithmetic, autocast, joined, set_norm_statistics
 from harness.run_dir import RunDir, read_json
 
@@ -42,7 +42,7 @@ def evaluate_saved(
     recipe = _recipe(target, recipe_name)
     if data is not None:
         recipe = recipe.model_copy(update={"data": recipe.data.model_copy(update={"dir": str(data)})})
-    policy = None if policy_file is None else as_document(sbs.Policy.load(policy_file))
+    policy = None if policy_file is None else sbs.Policy.load(policy_file).to_json()
     file, net = _network(target, recipe, policy)
     figures = {"file": str(file)} | measure(recipe, net)
     if os.environ.get("RANK", "0") == "0":

@@ -1,6 +1,5 @@
 """From a recipe and saved weights to a network: full precision, super-network or compressed."""
 
-import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -94,11 +93,6 @@ def merged(pruning: dict[str, Any], quantisation: sbs.Policy) -> sbs.Policy:
         for bits in [quantisation.layer(layer.name)]
     )
     return replace(first, layers=layers)
-
-
-def as_document(policy: sbs.Policy) -> dict[str, Any]:
-    """A policy as it comes back from a file: lists for tuples."""
-    return json.loads(json.dumps(policy.to_json()))
 
 
 def _load(net: nn.Module, weights: State, what: str) -> None:

@@ -75,12 +75,17 @@ class _Watched:
 
 
 class Board:
-    """Shows the trials that run; a thread of its own reads and draws. `total` trials are expected in all."""
+    """Shows the trials that run; a thread of its own reads and draws. `total` trials are expected in all.
 
-    def __init__(self, total: int, done: int = 0, *, stream: TextIO | None = None, period_s: float = 1.0) -> None:
+    `lone`: one trial without a sweep around it, of which nothing is said then.
+    """
+
+    def __init__(
+        self, total: int, done: int = 0, *, lone: bool = False, stream: TextIO | None = None, period_s: float = 1.0
+    ) -> None:
         self._console = Console(file=stream or sys.stdout, highlight=False, soft_wrap=True)
         self._total, self._done, self._before = total, done, done
-        self._period_s = period_s
+        self._lone, self._period_s = lone, period_s
         self._begin = time.monotonic()
         self._watched: dict[str, _Watched] = {}
         self._lock = threading.Lock()
@@ -88,6 +93,7 @@ class Board:
         self._each_tick: list[Callable[[], None]] = []
         self._thread = threading.Thread(target=self._loop, name="progress", daemon=True)
         self._bars: Progress | None = None
+        self._sweep_bar: TaskID | None = None
         if self._console.is_terminal:
             columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[words]}"))
             self._bars = Progress(*columns, TimeElapsedColumn(), console=self._console, transient=True)
@@ -95,7 +101,8 @@ class Board:
     def __enter__(self) -> "Board":
         if self._bars is not None:
             self._bars.start()
-            self._sweep_bar = self._bars.add_task("sweep", total=1.0, words="")
+            if not self._lone:
+                self._sweep_bar = self._bars.add_task("sweep", total=1.0, words="")
         self._thread.start()
         return self
 
@@ -138,7 +145,7 @@ class Board:
                     snapshot = Snapshot.of(watched.run)
                     if snapshot is not None and snapshot.time_s >= watched.started:
                         self._show(watched, snapshot)
-                if self._bars is not None:
+                if self._bars is not None and self._sweep_bar is not None:
                     words = f"{self._done}/{self._total} trials{self._sweep_eta()}"
                     self._bars.update(self._sweep_bar, completed=self._share(), words=words)
 
@@ -156,7 +163,8 @@ class Board:
         news = (snapshot.stage, snapshot.epoch)
         if news != watched.said or time.monotonic() - watched.said_at > HEARTBEAT_S:
             watched.said, watched.said_at = news, time.monotonic()
-            self._print(f"{self._done + 1}/{self._total} {watched.label}: {snapshot.words()}{left}{self._sweep_eta()}")
+            place = "" if self._lone else f"{self._done + 1}/{self._total} "
+            self._print(f"{place}{watched.label}: {snapshot.words()}{left}{self._sweep_eta()}")
 
     def _print(self, line: str) -> None:
         clock = "" if self._bars is not None else f"[{_clock(time.monotonic() - self._begin)}] "
@@ -174,6 +182,8 @@ class Board:
         return f"  {_clock(elapsed / gained * (1.0 - snapshot.share))} left"
 
     def _sweep_eta(self) -> str:
+        if self._lone:
+            return ""
         gained = self._share() * self._total - self._before
         left = self._total * (1.0 - self._share())
         if gained < 0.2 or left <= 0.0:

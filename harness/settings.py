@@ -12,7 +12,7 @@ from harness.errors import EXIT_PREEMPTED, EXIT_USER_ERROR, UserError, nearest
 
 __all__ = [
     "CHECKPOINT_FORMAT", "DEFAULT_RUNS_DIR", "EXIT_PREEMPTED", "EXIT_USER_ERROR", "LEAVE_SIGNALS",
-    "RAY_SUBMISSION_VARIABLE", "RESULT_SCHEMA", "STAGE_FORMAT", "apply_override", "explain",
+    "LONE_EXPERIMENT", "RAY_SUBMISSION_VARIABLE", "RESULT_SCHEMA", "STAGE_FORMAT", "apply_override", "explain",
 ]  # fmt: skip
 
 # SIGTERM comes from schedulers and `kill`, SIGUSR2 from `sbatch --signal` before the time limit.
@@ -25,6 +25,8 @@ STAGE_FORMAT = 1
 CHECKPOINT_FORMAT = 1
 
 DEFAULT_RUNS_DIR = "runs"
+# Where a tracking store keeps runs that belong to no sweep.
+LONE_EXPERIMENT = "harness"
 # Under this name every process of a `ray job submit` is told which submission it belongs to.
 RAY_SUBMISSION_VARIABLE = "RAY_SUBMISSION_ID"
 

@@ -23,7 +23,7 @@ from harness.config import TrialSpec
 from harness.context import REAL_DATA, Context, Data, Report
 from harness.errors import UserError, is_user_error
 from harness.loop import StageLoop
-from harness.networks import as_document, compressed, example_input, full_precision, merged, search_space, supernet
+from harness.networks import compressed, example_input, full_precision, merged, search_space, supernet
 from harness.plan import chosen_budget, idle_gates, plan, stage_config, stage_key
 from harness.pressure import Pressure, check_budgets, pressure_of
 from harness.provenance import record_start
@@ -184,7 +184,7 @@ class _Trial:
         net.cpu().load_state_dict(after.net)
         policy = sbs.freeze(net)
         pruned = sbs.compress(net, policy)
-        return replace(after, net=to_cpu(pruned.state_dict()), policy=as_document(policy))
+        return replace(after, net=to_cpu(pruned.state_dict()), policy=policy.to_json())
 
     def _search(self, before: Outcome) -> Outcome:
         net = supernet(self.recipe, self._saved_net(before))
@@ -203,7 +203,7 @@ class _Trial:
             prepare=lambda: sbs.calibrate(net, self._calibration()),
             pressure=pressure,
             telemetry=lambda: sbs.telemetry(net),
-            remark=partial(idle_gates, self.recipe.search),
+            remark=no_remark if self.context.data.made_up else partial(idle_gates, self.recipe.search),
         )
 
     def _note(self, start: int, text: str, steps: int) -> None:
@@ -231,7 +231,7 @@ class _Trial:
         scores = self.context.evaluate(net)
         seq = self.context.record("metrics", 0, before.step, scores.named("compress"))
         timings = before.timings_s | {"compress": time.monotonic() - begin_s}
-        return Outcome(to_cpu(net.state_dict()), as_document(policy), before.step, seq, timings)
+        return Outcome(to_cpu(net.state_dict()), policy.to_json(), before.step, seq, timings)
 
     def _finetune(self, before: Outcome) -> Outcome:
         return self._train("finetune", self._to_device(self._saved_net(before)), before)

@@ -10,9 +10,11 @@ from typing import Any
 
 from harness.config import Recipe, TrialSpec, load_recipe
 from harness.data import ensure
+from harness.errors import UserError
 from harness.identity import trial_key, trial_label
-from harness.run_dir import RunDir
-from harness.settings import DEFAULT_RUNS_DIR, LEAVE_SIGNALS
+from harness.plan import plan
+from harness.run_dir import RunDir, read_json, write_json
+from harness.settings import DEFAULT_RUNS_DIR, LEAVE_SIGNALS, LONE_EXPERIMENT
 
 
 def train(
@@ -22,21 +24,47 @@ def train(
     if dry_run:
         from harness.dry_run import dry_run as try_out
 
-        print(summary(try_out(load_recipe(recipe_name, overrides)), "dry run: the figures mean nothing"))
+        result = try_out(with_init(load_recipe(recipe_name, overrides), init), init)
+        unused = [option for option, given in (("--run-dir", run_dir is not None), ("--ray", ray)) if given]
+        print(summary(result, "dry run: the figures mean nothing" + _no_effect(unused)))
         return
     main_rank = os.environ.get("RANK", "0") == "0"
     if not ray:
         # The identity of a trial holds the number of ranks that it really has.
         overrides = [*overrides, f"run.workers={os.environ.get('WORLD_SIZE', '1')}"]
     spec = make_spec(load_recipe(recipe_name, overrides), run_dir, init)
-    folder = RunDir(spec.run_dir).create()
+    folder = RunDir(spec.run_dir)
+    _check_free(folder, spec)
+    folder.create()
     if main_rank:
         folder.clear_stop()
         folder.clear_error()
+        _name(folder, spec)
     with _shown(folder, spec.label) if main_rank else nullcontext():
         result = _on_ray(spec) if ray else _here(spec)
     if main_rank:
-        print(summary(result, spec.run_dir))
+        print(summary(result, *from_cache(spec, result), spec.run_dir))
+
+
+def _no_effect(options: Sequence[str]) -> str:
+    return f"; {' and '.join(options)} had no effect" if options else ""
+
+
+def _check_free(folder: RunDir, spec: TrialSpec) -> None:
+    """Raise `UserError` for a folder whose finished trial is another one: its figures would pass for this one's."""
+    done = folder.result()
+    if done is not None and done["key"] != spec.key:
+        raise UserError(
+            f"{folder.path} holds the result of another trial, {done['label']} (key {done['key'][:8]}): its settings, "
+            f"data or number of ranks are not those of this one (key {spec.key[:8]}); give another --run-dir"
+        )
+
+
+def _name(folder: RunDir, spec: TrialSpec) -> None:
+    """Tell `harness sync` who an unfinished run is; a sweep's trial that runs alone stays the sweep's."""
+    path = folder.path / "trial.json"
+    if folder.result() is None and "sweep" not in (read_json(path) or {}):
+        write_json(path, {"key": spec.key, "label": spec.label, "experiment": LONE_EXPERIMENT})
 
 
 def _here(spec: TrialSpec) -> dict[str, Any]:
@@ -62,7 +90,7 @@ def _on_ray(spec: TrialSpec) -> dict[str, Any]:
 def _shown(folder: RunDir, label: str) -> Iterator[None]:
     from harness.progress import Board
 
-    with Board(1) as board:
+    with Board(1, lone=True) as board:
         board.began([(folder, label)])
         yield
 
@@ -72,8 +100,7 @@ def make_spec(recipe: Recipe, run_dir: Path | None = None, init: Path | None = N
 
     `init`: weights that take the place of the pretraining; their content is part of the identity.
     """
-    if init is not None:
-        recipe = recipe.model_copy(update={"model": recipe.model.model_copy(update={"weights": str(init.absolute())})})
+    recipe = with_init(recipe, init)
     checksum = ensure(recipe.data.source, recipe.data.dir)
     key, label = trial_key(recipe, checksum), trial_label(recipe)
     folder = run_dir or Path(DEFAULT_RUNS_DIR) / f"{label}-{key[:8]}"
@@ -87,8 +114,25 @@ def make_spec(recipe: Recipe, run_dir: Path | None = None, init: Path | None = N
     )
 
 
-def summary(result: dict[str, Any], run_dir: str) -> str:
-    """The figures of a result in a few lines."""
+def with_init(recipe: Recipe, init: Path | None) -> Recipe:
+    """The recipe with the weights to search from as those of its model, which makes them part of its identity."""
+    if init is None:
+        return recipe
+    return recipe.model_copy(update={"model": recipe.model.model_copy(update={"weights": str(init.absolute())})})
+
+
+def from_cache(spec: TrialSpec, result: dict[str, Any]) -> list[str]:
+    """A line that names the stages which this run did not train itself, if there are any.
+
+    A stage found in the stage cache took this run no time, so that `timings_s` does not name it.
+    """
+    own = plan(spec.recipe)[spec.init is not None :]
+    found = [stage for stage in own if stage not in result["timings_s"]]
+    return found and [f"{', '.join(found)}: taken from {spec.stage_cache} (trained before with the same settings)"]
+
+
+def summary(result: dict[str, Any], *remarks: str) -> str:
+    """The figures of a result in a few lines, then the remarks, a line each."""
     seconds = ", ".join(f"{stage} {value:.1f} s" for stage, value in result["timings_s"].items())
     return (
         f"{result['label']}: top-1 {result['top1']:.2f}%, top-5 {result['top5']:.2f}%, loss {result['loss']:.4f}\n"
@@ -96,6 +140,5 @@ def summary(result: dict[str, Any], run_dir: str) -> str:
         f"{result['bop_reduction']:.1f}x fewer than at 32/32 bits\n"
         f"  mean bits {result['mean_weight_bits']:.2f} weights / {result['mean_activation_bits']:.2f} activations, "
         f"{100 * result['pruned_share']:.1f}% of channels pruned, {result['params']:,} parameters\n"
-        f"  {seconds}\n"
-        f"  {run_dir}"
+        f"  {seconds}" + "".join(f"\n  {remark}" for remark in remarks)
     )

@@ -188,9 +188,9 @@ def images_digest(index: Index, progress: Callable[[int, int], None] = lambda _d
         memoryview(bytes_) as view,
     ):
         for sample, (offset, size) in enumerate(zip(index.offsets.tolist(), index.sizes.tolist(), strict=True)):
+            if sample % 1024 == 0:
+                progress(sample, len(index))  # from 0 on: a rate counts from the first news
             with view[offset : offset + size] as payload:
                 label, mode, height, width = (int(column[sample]) for column in columns)
                 whole.update(sample_digest(label, mode, height, width, payload))
-            if sample % 1024 == 1023:
-                progress(sample + 1, len(index))
     return whole.hexdigest()

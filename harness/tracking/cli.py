@@ -1,7 +1,6 @@
 """`python -m harness ui` and `python -m harness sync`: look at a store, fill a store from run directories."""
 
 import socket
-import subprocess
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -10,8 +9,7 @@ import typer
 
 from harness.errors import UserError
 from harness.settings import DEFAULT_RUNS_DIR
-
-LEFTOVER_WAIT_S = 10.0
+from harness.tracking.serving import serve
 
 
 def ui(
@@ -31,21 +29,15 @@ def ui(
         str(runs.resolve() / "mlartifacts"),
     ]
     print(f"MLflow UI: http://127.0.0.1:{port} (ready in some seconds; Ctrl-C ends it)", flush=True)
-    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as server:
-        try:
-            status = server.wait()
-        except KeyboardInterrupt:
-            server.terminate()
-            try:
-                server.wait(LEFTOVER_WAIT_S)
-            except subprocess.TimeoutExpired:
-                server.kill()
-            return
-    raise UserError(f"the MLflow server ended with status {status}; try another --port")
+    status = serve(command)
+    if status is not None:
+        raise UserError(f"the MLflow server ended with status {status}; try another --port")
 
 
 def sync(
-    folders: Annotated[list[Path], typer.Argument(help="Trial directories, sweeps' folders, or a folder of sweeps.")],
+    folders: Annotated[
+        list[Path], typer.Argument(help="Trial directories, sweeps' folders, or a folder of both, such as runs.")
+    ],
     store: Annotated[
         str | None, typer.Option(help="Store to fill (default: MLFLOW_TRACKING_URI, or mlflow.db beside the sweeps).")
     ] = None,
@@ -63,17 +55,17 @@ def sync(
                 count = sync_sweep(target, path)
             except StoreError as error:
                 raise UserError(f"the store failed: {error}. Run the same command again when it works") from None
-            print(f"{path}: {count} trials are in {target.uri}", flush=True)
+            print(f"{path}: {count} {'trial is' if count == 1 else 'trials are'} in {target.uri}", flush=True)
 
 
 def sweep_folders(folder: Path) -> list[Path]:
-    """The folder itself if it is a sweep or a trial, else the sweeps in it. Raises `UserError` if there is nothing."""
+    """The folder itself if it is a sweep or a trial, else the sweeps and lone trials in it; `UserError` for none."""
     folder = folder.resolve()
     if (folder / "config.json").is_file() or (folder / "trials").is_dir():
         return [folder]
-    found = sorted({path.parent for path in folder.glob("*/trials")})
+    found = sorted({path.parent for pattern in ("*/trials", "*/config.json") for path in folder.glob(pattern)})
     if not found:
-        raise UserError(f"{folder} holds no trials: give a trial's directory, a sweep's folder, or a folder of sweeps")
+        raise UserError(f"{folder} holds no trials: give a trial's directory, a sweep's folder, or a folder of both")
     return found
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from harness.run_dir import RunDir, parse_records, read_json, write_json
+from harness.settings import LONE_EXPERIMENT
 from harness.tracking import model, picture, record
 from harness.tracking.store import Status, Store
 
@@ -83,8 +84,8 @@ def sync_sweep(store: Store, folder: Path) -> int:
 
 
 def place_of(folder: Path) -> Place:
-    """Where a trial's or a sweep's folder belongs, as its own file says; without one, the experiment "harness"."""
-    told = read_json(folder / "trial.json") or read_json(folder / "tracking.json") or {"experiment": "harness"}
+    """Where a trial's or a sweep's folder belongs, as its own file says; without one, that of lone runs."""
+    told = read_json(folder / "trial.json") or read_json(folder / "tracking.json") or {"experiment": LONE_EXPERIMENT}
     return Place(told["experiment"], told.get("sweep"))
 
 

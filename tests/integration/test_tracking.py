@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from harness.run_dir import RunDir, write_json
+from harness.tracking.cli import sync
 from harness.tracking.copying import Place, sync_sweep, sync_trial
 from harness.tracking.mirror import Mirror
 from tests.integration.fake_trial import expected, write_trial
@@ -109,6 +110,22 @@ def test_a_lone_trial_leaves_no_parent_running(tmp_path: Path):
     assert sync_sweep(at_home, folder) == 1
     parent = contents(at_home)["exp"]
     assert (parent["status"], parent["end"]) == ("KILLED", 1700000003000), "its driver is gone"
+
+
+def test_a_folder_of_runs_is_sent_with_its_lone_trials(tmp_path: Path):
+    """One that goes on after it was sent is the same run when it has finished."""
+    folder = describe_sweep(tmp_path)
+    write_trial(spec(tmp_path))
+    made = spec(tmp_path, 1).model_copy(update={"run_dir": str(folder.parent / "first"), "label": "lone"})
+    lone = write_trial(made, finish=False)
+    write_json(lone.path / "trial.json", {"key": made.key, "label": made.label, "experiment": "harness"})
+    store = sqlite_store(tmp_path / "store")
+    for status in ("KILLED", "FINISHED"):
+        sync([folder.parent], store=store.uri)
+        assert {"exp", "trial0"} <= set(contents(store))
+        (found,) = store.client.search_runs([store.experiment("harness")])
+        assert (found.info.run_name, found.info.status) == ("lone", status)
+        write_json(lone.result_path, expected(made))
 
 
 def test_what_somebody_works_on_is_running(tmp_path: Path):

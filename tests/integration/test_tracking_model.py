@@ -10,7 +10,7 @@ import torch
 
 import sbs
 from harness.checkpoint import save_weights
-from harness.networks import as_document, compressed
+from harness.networks import compressed
 from harness.run_dir import RunDir, write_json
 from harness.tracking import model
 from harness.tracking.copying import is_sent, sync_sweep, sync_trial
@@ -43,7 +43,7 @@ def trial_with_a_network(tmp_path: Path) -> tuple[RunDir, torch.nn.Module]:
                         else None)
         for each in policy.layers
     ]  # fmt: skip
-    document = as_document(sbs.Policy(policy.model, policy.input_shape, tuple(layers)))
+    document = sbs.Policy(policy.model, policy.input_shape, tuple(layers)).to_json()
     small = compressed(made.recipe, document)
     sbs.calibrate(small, [image])
     run = write_trial(made)

@@ -46,6 +46,15 @@ def test_a_run_from_a_recipe_file(tmp_path: Path):
     assert f"top-1 {result['top1']:.2f}%" in done.stdout
     assert "mac_product, all convolution and linear layers" in done.stdout
     assert str(tmp_path / "run") in done.stdout
+    assert "taken from" not in done.stdout
+    assert "sweep" not in done.stdout
+    again = harness("train", str(recipe), *quick[:-1], str(tmp_path / "again"))
+    assert f"pretrain: taken from {tmp_path / 'stages'} (trained before with the same settings)" in again.stdout
+    init = ["--init", str(RunDir(tmp_path / "run").weights_path)]
+    given = harness("train", str(recipe), *quick[:-1], str(tmp_path / "given"), *init)
+    assert given.returncode == 0, given.stderr
+    assert f"top-1 {result['top1']:.2f}%" in given.stdout
+    assert "pretrain" not in given.stdout, "given, neither trained nor taken"
     wrong = harness("train", str(recipe), *quick[:-1], str(tmp_path / "other"), "--set", "model.num_classes=10")
     assert wrong.returncode == 2
     assert "model.num_classes = 10, but" in wrong.stderr

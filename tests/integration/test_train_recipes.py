@@ -1,12 +1,16 @@
 """No recipe is dead text: each one's network goes through all stages, two steps each, on made-up images."""
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
 import sbs
+from harness.checkpoint import save_weights
 from harness.config import load_recipe, recipe_names
 from harness.dry_run import dry_run, shortened
+from harness.errors import UserError
+from harness.train_cli import with_init
 
 pytestmark = pytest.mark.integration
 
@@ -19,7 +23,7 @@ def _eager() -> Iterator[None]:
 
 
 @pytest.mark.parametrize("name", recipe_names())
-def test_dry_run(name: str):
+def test_dry_run(name: str, caplog: pytest.LogCaptureFixture):
     small = ["data.image_size=64", "data.eval_image_size=64"] if name.startswith("imagenet") else []
     recipe = load_recipe(name, small)
     result = dry_run(recipe)
@@ -27,12 +31,32 @@ def test_dry_run(name: str):
     assert result["bop_reduction"] >= 16
     assert result["model"] == recipe.model.name
     assert result["stack"]["loader"] == "made-up images"
+    assert "no gate has moved" not in caplog.text, "after two steps"
 
 
 @pytest.mark.parametrize("method", ["full_precision", "uniform_4", "sbs_prune", "prune_then_quant"])
 def test_dry_run_of_other_methods(method: str):
     result = dry_run(load_recipe("digits_resnet20", [f"search.method={method}", "search.epochs=2"]))
     assert result["method"] == method
+
+
+def test_a_dry_run_from_given_weights(tmp_path: Path):
+    """They are loaded as in a real run: they spare the pretraining, and those of another network are refused."""
+    right, wrong, garbage = (tmp_path / f"{name}.pt" for name in ("right", "wrong", "garbage"))
+    save_weights(right, sbs.models.build("resnet20", 10).state_dict())
+    save_weights(wrong, sbs.models.build("resnet20", 11).state_dict())
+    garbage.write_bytes(b"no weights")
+
+    def tried(init: Path, *overrides: str) -> set[str]:
+        recipe = with_init(load_recipe("digits_resnet20", overrides), init)
+        return set(dry_run(recipe, init)["timings_s"])
+
+    assert tried(right) == {"search", "compress", "finetune", "report"}
+    for overrides in ([], ["search.method=full_precision"]):
+        with pytest.raises(UserError, match=r"the given weights do not fit model.name = 'resnet20'"):
+            tried(wrong, *overrides)
+    with pytest.raises(UserError, match=r"garbage.pt is not a readable state dict"):
+        tried(garbage)
 
 
 def test_a_shortened_recipe_keeps_what_is_tried_out():

@@ -63,7 +63,8 @@ def test_a_search_whose_gates_stand_still_is_remarked_upon():
     assert idle_gates(search, 9, 20, still) is None
     text = idle_gates(search, 10, 20, still)
     assert text is not None
-    for words in ["after 10 of 20 steps", "margin 0.25", "search.lambda (now 0.2)", "(now 20 / 40)"]:
+    rates = "search.bit_threshold_lr / search.prune_threshold_lr (now 20 / 40)"
+    for words in ["after 10 of 20 steps", "margin 0.25", f"raise search.lambda (now 0.2) or {rates}"]:
         assert words in text
     assert idle_gates(search, 10, 20, still | {"gates/flips": 1.0}) is None
     assert idle_gates(recipe("search.lambda=0").search, 10, 20, still) is None

@@ -21,6 +21,11 @@ def wait_for(condition: Callable[[], bool]) -> None:
         time.sleep(0.02)
 
 
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
 @pytest.fixture
 def run(tmp_path: Path) -> RunDir:
     return RunDir(tmp_path / "trial").create()
@@ -51,7 +56,23 @@ def test_a_log_gets_a_line_per_epoch_with_rate_and_time_left(run: RunDir):
     assert "1/2 trial-a: search 1/4  1,234 images/s" in lines[0]
     assert "0:19 left" in lines[1] or "0:20 left" in lines[1]
     assert "1/2 trial-a: top-1 90.00%" in lines[2]
+    assert "(sweep: " in lines[1]
     assert "\x1b" not in stream.getvalue()
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+def test_of_a_lone_trial_no_sweep_is_told(run: RunDir, terminal: bool, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    stream = Terminal() if terminal else io.StringIO()
+    with Board(1, lone=True, stream=stream, period_s=0.02) as board:
+        board.began([(run, "trial-a")])
+        tell(run)
+        wait_for(lambda: "search 1/4" in stream.getvalue())
+        tell(run, epoch=2, step=50, time=time.time() + 10)
+        wait_for(lambda: "search 2/4  1,234 images/s  0:" in stream.getvalue())
+    assert "trial-a" in stream.getvalue()
+    assert "sweep" not in stream.getvalue()
+    assert "1/1" not in stream.getvalue()
 
 
 def test_progress_of_an_earlier_life_is_not_shown(run: RunDir):

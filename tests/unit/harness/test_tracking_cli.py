@@ -21,3 +21,9 @@ def test_what_sync_takes(tmp_path: Path):
     assert sweep_folders(tmp_path / "runs" / "a" / "trials" / "one") == [tmp_path / "runs" / "a" / "trials" / "one"]
     with pytest.raises(UserError, match="holds no trials"):
         sweep_folders(tmp_path)
+    lone = tmp_path / "runs" / "A-lone-0123abcd"
+    (lone / "stages").mkdir(parents=True)
+    (lone / "config.json").write_text("{}")
+    (tmp_path / "runs" / "stages").mkdir()  # the lone trials' cache
+    assert sweep_folders(tmp_path / "runs") == [lone, tmp_path / "runs" / "a", tmp_path / "runs" / "b"]
+    assert sweep_folders(lone) == [lone]

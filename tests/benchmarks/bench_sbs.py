@@ -195,10 +195,10 @@ def _repeat(variant: Variant, steps: int) -> Callable[[], None]:
 
 
 COMPILATION = """
-import time, torch, sbs
+import sys, time, torch, sbs
 from tests.benchmarks.bench_sbs import CASES, Variant, prepared, start
 torch.set_num_threads(1)
-model, x, y = start(CASES[0], "cpu")
+model, x, y = start(CASES[int(sys.argv[1])], "cpu")
 times = []
 for compiled in (False, True, True):  # the first warms up all else
     sbs.use_compiled(compiled)
@@ -210,13 +210,14 @@ print(times[1] - times[2])
 """
 
 
-def compilation_s(cache: str) -> float:
+def compilation_s(number: int, cache: str) -> float:
     """Seconds by which a process's first search with compiled kernels, to its second step, is longer than the next.
 
-    cache: the folder of everything that is compiled, precompiled headers of the compiler's among it.
+    number: of the network among CASES. cache: the folder of everything that is compiled, precompiled headers of the
+    compiler's among it.
     """
     environment = os.environ | {"TORCHINDUCTOR_CACHE_DIR": cache, "TMPDIR": cache}
-    command = [sys.executable, "-c", COMPILATION]
+    command = [sys.executable, "-c", COMPILATION, str(number)]
     return float(subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True).stdout)
 
 
@@ -227,7 +228,10 @@ def rows() -> Iterator[Row]:
             made = variants(case)
             times = rounds({name: _repeat(v, case.steps) for name, v in made.items()})
             yield from table(case, times, {name: peak_bytes(v) for name, v in made.items()})
-    with tempfile.TemporaryDirectory() as cache:
-        yield Row("compilation of the search step, cold", compilation_s(cache), COLD_MUST_S, "s")
-        kept = estimate([compilation_s(cache) for _ in range(3)])  # a difference: noise may take it below zero
-        yield Row("compilation of the search step, from its cache", kept, WARM_MUST_S, "s")
+    for number, case in enumerate(CASES):
+        with tempfile.TemporaryDirectory() as cache:
+            yield Row(f"{case.model}: compilation, cold", compilation_s(number, cache), COLD_MUST_S, "s")
+            kept = estimate(
+                [compilation_s(number, cache) for _ in range(3)]
+            )  # a difference: noise may make it negative
+            yield Row(f"{case.model}: compilation, from its cache", kept, WARM_MUST_S, "s")

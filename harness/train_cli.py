@@ -51,12 +51,13 @@ def _no_effect(options: Sequence[str]) -> str:
 
 
 def _check_free(folder: RunDir, spec: TrialSpec) -> None:
-    """Raise `UserError` for a folder whose finished trial is another one: its figures would pass for this one's."""
-    done = folder.result()
-    if done is not None and done["key"] != spec.key:
+    """Raise `UserError` for a folder of another trial, finished or a sweep's: figures would pass for those of this."""
+    told = read_json(folder.path / "trial.json") or {}
+    other = folder.result() or (told if "sweep" in told else None)
+    if other is not None and other["key"] != spec.key:
         raise UserError(
-            f"{folder.path} holds the result of another trial, {done['label']} (key {done['key'][:8]}): its settings, "
-            f"data or number of ranks are not those of this one (key {spec.key[:8]}); give another --run-dir"
+            f"{folder.path} belongs to another trial, {other['label']} (key {other['key'][:8]}): its settings, data, "
+            f"given weights or number of ranks are not those of this one (key {spec.key[:8]}); give another --run-dir"
         )
 
 
@@ -124,10 +125,12 @@ def with_init(recipe: Recipe, init: Path | None) -> Recipe:
 def from_cache(spec: TrialSpec, result: dict[str, Any]) -> list[str]:
     """A line that names the stages which this run did not train itself, if there are any.
 
-    A stage found in the stage cache took this run no time, so that `timings_s` does not name it.
+    A stage found in the stage cache took this run no time, so that `timings_s` does not name it. Nor does it name one
+    that was left out for given weights, as a sweep's trial has them: of such a trial there is no cache here.
     """
     own = plan(spec.recipe)[spec.init is not None :]
-    found = [stage for stage in own if stage not in result["timings_s"]]
+    cached = {path.name.split("-")[0] for path in Path(spec.stage_cache or "").glob("*-*.pt")}
+    found = [stage for stage in own if stage not in result["timings_s"] and stage in cached]
     return found and [f"{', '.join(found)}: taken from {spec.stage_cache} (trained before with the same settings)"]
 
 

@@ -120,7 +120,7 @@ def cost(
     net_or_model = unwrapped(net_or_model)
     graph = trace(net_or_model, input_shape)
     policy = policy_of(net_or_model, graph) if policy is None else policy.checked(graph)
-    return cost_of(graph, policy, _own_tensors(net_or_model, graph), convention)
+    return cost_of(graph, policy, _others(net_or_model, graph), convention)
 
 
 def trace(net_or_model: nn.Module, input_shape: tuple[int, ...]) -> NetworkGraph:
@@ -134,46 +134,45 @@ def trace(net_or_model: nn.Module, input_shape: tuple[int, ...]) -> NetworkGraph
 
 
 @dataclass(frozen=True)
-class OwnTensors:
-    """What a module that is no layer holds, most often a norm: numbers in parameters and in buffers of floats.
+class OtherTensor:
+    """A parameter or buffer that is no layer's, most often a norm's, in numbers.
 
     group: index of the ChannelGroup that a norm belongs to, and then the numbers are those of one channel; else None.
     """
 
     group: int | None
-    parameters: int
-    buffers: int
+    numbers: int
+    parameter: bool
 
 
-def _own_tensors(net: nn.Module, graph: NetworkGraph) -> tuple[OwnTensors, ...]:
+def _others(net: nn.Module, graph: NetworkGraph) -> tuple[OtherTensor, ...]:
+    """Those that the network uses and saves, each once though two modules may hold it; of buffers those of floats."""
     model = net.model if isinstance(net, SuperNet) else net
     group_of = {norm: i for i, g in enumerate(graph.groups) for norm in g.norms}
+    parameters, buffers = dict(model.named_parameters(remove_duplicate=False)), dict(model.named_buffers())
     saved = model.state_dict()
-    result = []
-    for name, m in model.named_modules():
-        if isinstance(m, nn.Conv2d | nn.Linear):
+    found: dict[int, OtherTensor] = {}
+    for name in graph.others:
+        tensor = parameters.get(name, buffers.get(name))
+        if tensor is None or name not in saved or not (name in parameters or tensor.is_floating_point()):
             continue
-        group = group_of.get(name)
+        group = group_of.get(name.rpartition(".")[0])
         channels = 1 if group is None else graph.groups[group].channels
-        parameters = sum(p.numel() for p in m.parameters(recurse=False)) // channels
-        floats = [(key, b) for key, b in m.named_buffers(name, recurse=False) if b.is_floating_point()]
-        buffers = sum(b.numel() for key, b in floats if key in saved) // channels
-        result.append(OwnTensors(group, parameters, buffers))
-    return tuple(result)
+        found.setdefault(id(tensor), OtherTensor(group, tensor.numel() // channels, name in parameters))
+    return tuple(found.values())
 
 
-def cost_of(graph: NetworkGraph, policy: Policy, others: tuple[OwnTensors, ...], convention: str) -> CostReport:
-    """The pure part of `cost`: a graph, a policy that belongs to it, and what modules other than layers hold."""
+def cost_of(graph: NetworkGraph, policy: Policy, others: tuple[OtherTensor, ...], convention: str) -> CostReport:
+    """The pure part of `cost`: a graph, a policy that belongs to it, and the tensors that are no layer's."""
     layers = tuple(_layer_cost(graph, info, policy, convention) for info in graph.layers)
     kept = [len(policy.kept_channels(graph, i)) for i in range(len(graph.groups))]
-    times = [1 if each.group is None else kept[each.group] for each in others]
-    parameters = sum(n * each.parameters for n, each in zip(times, others, strict=True))
-    buffers = sum(n * each.buffers for n, each in zip(times, others, strict=True))
+    numbers = [each.numbers * (1 if each.group is None else kept[each.group]) for each in others]
+    parameters = sum(n for n, each in zip(numbers, others, strict=True) if each.parameter)
     return CostReport(
         macs=sum(layer.macs for layer in layers),
         bops=sum(layer.bops for layer in layers),
         params=sum(layer.params for layer in layers) + parameters,
-        bytes=sum(layer.bytes for layer in layers) + FLOAT_BYTES * (parameters + buffers),
+        bytes=sum(layer.bytes for layer in layers) + FLOAT_BYTES * sum(numbers),
         layers=layers,
         convention=convention,
     )

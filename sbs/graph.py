@@ -5,18 +5,17 @@ The network is traced with torch.fx; nothing of it is changed. Channels that onl
 group of its producer; channels that reach an addition, a group norm or the output stay (SBS, section 3.2).
 """
 
-import math
 import operator
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from sbs.errors import SbsError
-from sbs.tracing import NORMS, SUPPORTED, check_conv, check_plain, read_by_idle_modules, trace
+from sbs.sizes import sizes
+from sbs.tracing import NORMS, SUPPORTED, check_conv, check_plain, read_by_idle_modules, tensors_besides, trace
 
 _NONNEGATIVE = (nn.ReLU, nn.ReLU6, nn.Sigmoid, nn.Hardsigmoid)
 _SIGNED = (nn.LeakyReLU, nn.GELU, nn.SiLU, nn.Hardswish, nn.ELU, nn.Tanh, nn.PReLU)
@@ -44,14 +43,14 @@ class LayerInfo:
     kind: "conv", "depthwise", "grouped" or "linear". positions: output height x width (1 for linear).
     signed: the input can be negative. source: index of the channel group that feeds it, None if its inputs stay;
     repeat: input features per channel of that group (flattened maps). group: index of the group its outputs form.
-    window: kernel of a convolution, with stride, dilation and grouping that are not 1, as "3x3 stride 2"; else None.
+    window: "linear", or a convolution's kernel and what of it is not the usual, as "3x3 stride 2". edge: first or last.
     """
 
     name: str
     kind: str
     in_channels: int
     out_channels: int
-    window: str | None
+    window: str
     kernel_area: int
     groups: int
     positions: int
@@ -59,6 +58,7 @@ class LayerInfo:
     signed: bool
     image: bool
     edge: bool
+    last: bool
     source: int | None
     repeat: int
     group: int | None
@@ -77,11 +77,15 @@ class ChannelGroup:
 
 @dataclass(frozen=True)
 class NetworkGraph:
-    """Layers in order of execution, prunable channel groups, and the input's shape without the batch (C, H, W)."""
+    """Layers in order of execution, prunable channel groups, and the input's shape without the batch (C, H, W).
+
+    others: names of the parameters and buffers that evaluation uses besides those of the layers.
+    """
 
     layers: tuple[LayerInfo, ...]
     groups: tuple[ChannelGroup, ...]
     input_shape: tuple[int, ...]
+    others: tuple[str, ...]
 
     def layer(self, name: str) -> LayerInfo:
         """The layer of that name; KeyError if there is none."""
@@ -329,21 +333,23 @@ class _Analysis:
         for name, node in self.layer_nodes.items():
             m = self.modules[name]
             before = self._inputs(node)[0]
-            image = self._from_image(before)
+            image, last = self._from_image(before), self._is_last(node)
             group, repeat = source.get(name, (None, 1))
             layers.append(
                 LayerInfo(
                     name=name,
-                    **_sizes(m, self._shape(node)),
+                    **sizes(m, self._shape(node)),
                     signed=not self._nonnegative(before),
                     image=image,
-                    edge=self._from_image(before, through=NORMS) or self._is_last(node),
+                    edge=self._from_image(before, through=NORMS) or last,
+                    last=last,
                     source=group,
                     repeat=repeat,
                     group=member.get(name),
                 )
             )
-        return NetworkGraph(tuple(layers), tuple(groups), self.input_shape)
+        others = tensors_besides(self.traced, set(self.layer_nodes))
+        return NetworkGraph(tuple(layers), tuple(groups), self.input_shape, others)
 
 
 class _Found:
@@ -362,41 +368,3 @@ def _is_spatial_mean(node: fx.Node) -> bool:
     dims = dims if isinstance(dims, tuple | list) else (dims,)
     before = node.all_input_nodes[0].meta.get("shape")
     return before is not None and len(before) == 4 and all(d in {2, 3, -1, -2} for d in dims)
-
-
-def _sizes(m: nn.Module, shape: tuple[int, ...]) -> dict[str, Any]:
-    if isinstance(m, nn.Conv2d):
-        depthwise = m.groups > 1 and m.groups == m.in_channels == m.out_channels
-        kind = "depthwise" if depthwise else "grouped" if m.groups > 1 else "conv"
-        return {
-            "kind": kind,
-            "in_channels": m.in_channels,
-            "out_channels": m.out_channels,
-            "window": _window(m, kind),
-            "kernel_area": math.prod(m.kernel_size),
-            "groups": m.groups,
-            "positions": math.prod(shape[2:]),
-            "bias": m.bias is not None,
-        }
-    assert isinstance(m, nn.Linear)
-    return {
-        "kind": "linear",
-        "in_channels": m.in_features,
-        "out_channels": m.out_features,
-        "window": None,
-        "kernel_area": 1,
-        "groups": 1,
-        "positions": 1,
-        "bias": m.bias is not None,
-    }
-
-
-def _window(m: nn.Conv2d, kind: str) -> str:
-    def sized(sizes: tuple[int, ...]) -> str:
-        return "x".join(map(str, sizes if len(set(sizes)) > 1 else sizes[:1]))
-
-    parts = ["x".join(map(str, m.kernel_size))]
-    parts += [f"{what} {sized(n)}" for what, n in (("stride", m.stride), ("dilation", m.dilation)) if set(n) != {1}]
-    if kind != "conv":
-        parts.append(kind if kind == "depthwise" else f"groups {m.groups}")
-    return " ".join(parts)

@@ -28,8 +28,8 @@ VERSION = 1
 class LayerPolicy:
     """One layer's choice. kept: indices of the kept output channels in rising order, None for all of them.
 
-    channels: output channels of the unpruned layer; window: its kernel, stride and grouping, as "3x3 stride 2". A
-    network whose layer differs is refused; None where nobody said, and for the classes of the last layer.
+    channels: output channels of the unpruned layer; window: "linear", or kernel, stride and so on, as "3x3 stride 2". A
+    network whose layer differs is refused; None where nobody said, and for the classes of a last layer.
     """
 
     name: str
@@ -91,13 +91,12 @@ class Policy:
         kept: Mapping[str, tuple[int, ...]] = MappingProxyType({}),
     ) -> "Policy":
         """Bits of weights and activations by layer, kept channels where some go, and what tells the network apart."""
-        last = graph.layers[-1]
         layers = tuple(
             LayerPolicy(
                 info.name,
                 *bits[info.name],
                 kept=kept.get(info.name),
-                channels=None if info is last else info.out_channels,  # one may search with other classes
+                channels=None if info.last else info.out_channels,  # one may search with other classes
                 window=info.window,
             )
             for info in graph.layers
@@ -142,7 +141,7 @@ class Policy:
         if choice.window not in (None, info.window):
             raise SbsError(
                 f"the policy (of {self.model}) is of another network: its layer {info.name!r} is {choice.window!r}, "
-                f"this network's {info.window or 'linear'!r}"
+                f"this network's {info.window!r}"
             )
         if choice.kept is None:
             return

@@ -135,6 +135,18 @@ def check_conv(name: str, m: nn.Conv2d) -> None:
         raise SbsError(f"module {name!r} (Conv2d) has padding={m.padding!r}: give the number of pixels instead")
 
 
+def tensors_besides(traced: fx.GraphModule, layers: set[str]) -> tuple[str, ...]:
+    """Names of the parameters and buffers that a traced network uses, each tensor once, without those of the layers."""
+    names: list[str] = []
+    for node in traced.graph.nodes:
+        if node.op == "get_attr":
+            names.append(str(node.target))
+        elif node.op == "call_module" and node.target not in layers:
+            m = traced.get_submodule(str(node.target))
+            names += [f"{node.target}.{name}" for name, _ in (*m.named_parameters(), *m.named_buffers())]
+    return tuple(dict.fromkeys(names))
+
+
 def read_by_idle_modules(model: nn.Module, called: set[str]) -> set[str]:
     """Which of the `called` layers are read by layers or norms that evaluation does not call: their channels must stay.
 

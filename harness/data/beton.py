@@ -193,4 +193,5 @@ def images_digest(index: Index, progress: Callable[[int, int], None] = lambda _d
             with view[offset : offset + size] as payload:
                 label, mode, height, width = (int(column[sample]) for column in columns)
                 whole.update(sample_digest(label, mode, height, width, payload))
+    progress(len(index), len(index))
     return whole.hexdigest()

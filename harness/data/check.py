@@ -68,6 +68,7 @@ def undecodable_samples(
                 decode(payload, JPEG, int(index.heights[sample]), int(index.widths[sample]))
             except UndecodableError as error:
                 yield sample, str(error)
+    progress(len(jpegs), len(jpegs))
 
 
 def _check_counts(folder: Path, manifest: Manifest, index: Index) -> None:

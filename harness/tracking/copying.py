@@ -207,8 +207,9 @@ def _finish(store: Store, trial: TrialCopy, config: dict[str, Any], records: Seq
 
 
 def trial_name(run: RunDir) -> tuple[str, str]:
-    """Identity and label of a run directory: as trial.json or result.json says, else the folder's name."""
-    named = read_json(run.path / "trial.json") or run.result() or {}
+    """Identity and label of a run directory: as its sweep says, or its result, or whoever began it; else its name."""
+    told = read_json(run.path / "trial.json") or {}
+    named = told if "sweep" in told else run.result() or told
     return str(named.get("key", run.path.name)), str(named.get("label", run.path.name))
 
 

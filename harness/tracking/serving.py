@@ -6,10 +6,11 @@ import subprocess
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
+from pathlib import Path
 from types import FrameType
 
-# Ctrl-C, `kill`, and a terminal or an ssh session that is closed.
-END_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+# Ctrl-C, Ctrl-\, `kill`, and a terminal or an ssh session that is closed.
+END_SIGNALS = (signal.SIGINT, signal.SIGQUIT, signal.SIGTERM, signal.SIGHUP)
 LEFTOVER_WAIT_S = 10.0
 _LOOK_EVERY_S = 0.1
 
@@ -57,10 +58,17 @@ def _end_group(server: subprocess.Popen[bytes], grace_s: float) -> None:
 
 
 def _alive(server: subprocess.Popen[bytes]) -> bool:
-    """Whether anything is left of the group; takes note of the leader's end, or it would seem to be there for ever."""
+    """Whether anything of the group still runs.
+
+    What is over but for its entry does not count: in a container nobody may ever take note of its end.
+    """
     server.poll()
-    try:
-        os.killpg(server.pid, 0)
-    except ProcessLookupError:
-        return False
-    return True
+    return any(state != "Z" for state, group in _states() if group == server.pid)
+
+
+def _states() -> Iterator[tuple[str, int]]:
+    """State and process group of every process."""
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        with suppress(OSError):  # gone meanwhile
+            state, _parent, group = path.read_text().rpartition(")")[2].split()[:3]
+            yield state, int(group)

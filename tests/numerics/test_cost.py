@@ -124,6 +124,26 @@ def test_parameters_of_a_networks_own_count_whatever_their_shape():
     assert report.bytes == 4 * (report.params + 16 + 8)  # with running mean and variance, and the saved buffer
 
 
+class _Sharing(nn.Module):
+    """One parameter under two names; modules that forward() leaves out."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.head = nn.Conv2d(3, 8, 3), nn.Linear(8, 5)
+        self.scale = nn.Parameter(torch.ones(8, 1, 1))
+        self.again = nn.ParameterList([self.scale])
+        self.idle_norm, self.idle_table = nn.BatchNorm2d(8), nn.Embedding(10, 64)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head((torch.relu(self.body(x)) * self.scale * self.again[0]).mean((2, 3)))
+
+
+def test_what_is_shared_counts_once_and_what_is_idle_not_at_all():
+    report = sbs.cost(_Sharing(), (3, 8, 8))
+    assert report.params == 8 * 3 * 9 + 8 + 8 * 5 + 5 + 8
+    assert report.bytes == 4 * report.params
+
+
 def test_unknown_convention_is_refused_with_the_known_ones():
     with pytest.raises(SbsError, match=r"(?s)flops.*mac_product.*uniq"):
         sbs.cost(networks.Residual(), (3, 8, 8), convention="flops")

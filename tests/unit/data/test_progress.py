@@ -56,3 +56,5 @@ def test_the_rate_of_decoding_counts_from_the_first_image(photos: Path):
     check(photos, deep=True, progress=lambda *news: heard.append(news))
     for what, done in (("train", 0), ("train, decoding", 0), ("val", 0), ("val, decoding", 0)):
         assert next(news for news in heard if news[0] == what)[1] == done
+        _, last, total = [news for news in heard if news[0] == what][-1]
+        assert last == total, "or a bar would stop short of its end"

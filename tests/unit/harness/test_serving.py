@@ -82,7 +82,7 @@ def case(tmp_path: Path) -> Iterator[Case]:
         made.process.communicate(timeout=10)
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGQUIT, signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_ends_the_server_and_its_children(case: Case, number: signal.Signals):
     case.start()
     assert case.process is not None
@@ -122,3 +122,20 @@ def test_a_command_that_is_not_there_leaves_the_signals_as_they_were():
     with pytest.raises(FileNotFoundError):
         serve(["./there-is-no-such-program"])
     assert [signal.getsignal(number) for number in END_SIGNALS] == before
+
+
+def test_nobody_waits_for_what_is_over_and_was_not_taken_note_of(monkeypatch: pytest.MonkeyPatch):
+    """As in a container whose first process never does."""
+    from harness.tracking import serving
+
+    leader = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE, process_group=0)
+    other = subprocess.Popen([sys.executable, "-c", ""], process_group=leader.pid)
+    try:
+        wait_for(lambda: not running(other.pid))
+        assert serving._alive(leader)
+        leader.communicate(b"\n", timeout=10)
+        os.killpg(leader.pid, 0)  # there is a group
+        assert not serving._alive(leader)
+    finally:
+        leader.kill()
+        other.wait(10)

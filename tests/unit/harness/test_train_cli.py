@@ -1,6 +1,5 @@
 """What `harness train` makes of its options, and what it says in the end."""
 
-import json
 import re
 import time
 from pathlib import Path
@@ -13,7 +12,7 @@ from harness import dry_run, train_cli
 from harness.__main__ import app
 from harness.config import Recipe, TrialSpec, load_recipe
 from harness.errors import UserError
-from harness.run_dir import RunDir, write_json
+from harness.run_dir import RunDir, read_json, write_json
 from harness.tracking.copying import place_of, trial_name
 from harness.train_cli import from_cache, summary
 
@@ -30,8 +29,17 @@ def spec(folder: Path, *overrides: str, init: str | None = None) -> TrialSpec:
     return TrialSpec(recipe=recipe, key="k", label="one", init=init, **own)
 
 
+def fill_cache(folder: Path) -> None:
+    """With names as if they held the outcomes of stages."""
+    (folder / "stages").mkdir()
+    for stage in ("pretrain", "search", "compress", "finetune"):
+        (folder / "stages" / f"{stage}-0123abcd.pt").touch()
+
+
 def test_stages_that_were_not_trained_here_are_named(tmp_path: Path):
     place = f"taken from {tmp_path / 'stages'} (trained before with the same settings)"
+    assert from_cache(spec(tmp_path), RESULT) == [], "nothing was there to take: the sweep gave weights"
+    fill_cache(tmp_path)
     assert from_cache(spec(tmp_path), RESULT) == [f"pretrain, search, compress: {place}"]
     assert from_cache(spec(tmp_path, init="w.pt"), RESULT) == [f"search, compress: {place}"], "given, not taken"
     own = RESULT | {"timings_s": dict.fromkeys(("pretrain", "search", "compress", "finetune", "report"), 1.0)}
@@ -68,6 +76,7 @@ def train(*options: str) -> str:
 
 @pytest.mark.parametrize("ray", [[], ["--ray"]])
 def test_a_lone_run_says_what_it_took_from_others(tmp_path: Path, trained: list[TrialSpec], ray: list[str]):
+    fill_cache(tmp_path)
     printed = train("--run-dir", str(tmp_path / "one"), *ray)
     assert f"\n  pretrain, search, compress: taken from {tmp_path / 'stages'} (" in printed
     assert len(trained) == 1
@@ -117,14 +126,20 @@ def test_an_unfinished_lone_run_has_the_name_that_its_result_will_have(tmp_path:
     assert (place_of(run.path).experiment, place_of(run.path).sweep) == ("harness", None)
     train("--run-dir", str(run.path), "--set", "search.lambda=0.7")
     assert trial_name(run) == (trained[1].key, trained[1].label) != (trained[0].key, trained[0].label)
-    write_json(run.path / "trial.json", {"key": "s", "label": "a sweep's", "experiment": "exp", "sweep": "exp"})
+    of_a_sweep = {"key": trained[0].key, "label": "a sweep's", "experiment": "exp", "sweep": "exp"}
+    write_json(run.path / "trial.json", of_a_sweep)
     train("--run-dir", str(run.path))
-    assert trial_name(run) == ("s", "a sweep's")
-    (run.path / "trial.json").unlink()
-    run.result_path.write_text(json.dumps(RESULT | {"key": trained[0].key}))
+    assert read_json(run.path / "trial.json") == of_a_sweep
+    assert trial_name(run) == (trained[0].key, "a sweep's")
+
+
+def test_who_was_refused_does_not_name_the_run_at_work(tmp_path: Path, trained: list[TrialSpec]):
+    """The second command finds the folder in use; the first goes on and finishes."""
+    run = RunDir(tmp_path / "one")
     train("--run-dir", str(run.path))
+    train("--run-dir", str(run.path), "--set", "search.lambda=0.7")
+    write_json(run.result_path, RESULT | {"key": trained[0].key})
     assert trial_name(run) == (trained[0].key, "one")
-    assert not (run.path / "trial.json").exists()
 
 
 @pytest.mark.parametrize("ray", [[], ["--ray"]])
@@ -138,9 +153,20 @@ def test_a_folder_with_the_result_of_other_settings_is_refused(
     options = ["--run-dir", str(run.path), "--set", "search.lambda=0.7", *ray]
     refused = CliRunner().invoke(app, ["train", "digits_resnet20", *options])
     assert isinstance(refused.exception, UserError)
-    assert re.search("one holds the result of another trial, one .*; give another --run-dir", str(refused.exception))
+    assert re.search("one belongs to another trial, one .*; give another --run-dir", str(refused.exception))
     assert len(trained) == 1
     assert run.result() == RESULT | {"key": trained[0].key}
+
+
+def test_an_unfinished_trial_of_a_sweep_takes_no_other(tmp_path: Path, trained: list[TrialSpec]):
+    """The sweep would take the result for its own trial's."""
+    run = RunDir(tmp_path / "one").create()
+    told = {"key": "another", "label": "a sweep's", "experiment": "exp", "sweep": "exp"}
+    write_json(run.path / "trial.json", told)
+    refused = CliRunner().invoke(app, ["train", "digits_resnet20", "--run-dir", str(run.path)])
+    assert isinstance(refused.exception, UserError)
+    assert "belongs to another trial, a sweep's (key another)" in str(refused.exception)
+    assert (trained, read_json(run.path / "trial.json")) == ([], told)
 
 
 def test_a_dry_run_takes_weights_and_says_what_had_no_effect(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -37,7 +37,7 @@ def test_saved_and_loaded_policies_are_equal(tmp_path, document):
     assert on_disk["version"] == 1
     expected = {"name": "conv_a", "weight_bits": 4, "activation_bits": 2, "channels": 8, "window": "3x3"}
     assert on_disk["layers"][1] == expected | {"kept": [0, 3, 5]}
-    assert on_disk["layers"][-1] == {"name": "fc", "weight_bits": 8, "activation_bits": 8}
+    assert on_disk["layers"][-1] == {"name": "fc", "weight_bits": 8, "activation_bits": 8, "window": "linear"}
     assert sbs.Policy.from_json(policy.to_json()) == policy
 
 
@@ -71,6 +71,7 @@ def _with(**changes: Any) -> networks.Residual:
             _with(conv_c=torch.nn.Conv2d(8, 16, 5, 2, 2)),
             "layer 'conv_c' is '3x3 stride 2', this network's '5x5 stride 2'",
         ),
+        (_with(stem=torch.nn.Conv2d(3, 8, 3)), "layer 'stem' is '3x3', this network's '3x3 padding 0'"),
         (
             _with(stem=torch.nn.Conv2d(3, 8, 3, dilation=2, padding=2)),
             "'stem' is '3x3', this network's '3x3 dilation 2'",
@@ -84,13 +85,42 @@ def _with(**changes: Any) -> networks.Residual:
             "'conv_b' is '3x3', this network's '3x3 depthwise'",
         ),
     ],
-    ids=["width", "kernel", "dilation", "groups", "depthwise"],
+    ids=["width", "kernel", "padding", "dilation", "groups", "depthwise"],
 )
 def test_a_network_with_the_same_names_is_refused_by_its_first_other_layer(other, named):
     policy = sbs.Policy.uniform(networks.Residual(), X, 4, 4)
     for call in (lambda: sbs.compress(other, policy), lambda: sbs.cost(other, (3, 8, 8), policy)):
         with pytest.raises(SbsError, match=f"of Residual.* is of another network: .*{named}"):
             call()
+
+
+class _Heads(torch.nn.Module):
+    """Two heads, whose results are added, or returned as they are."""
+
+    def __init__(self, classes: int, added: bool) -> None:
+        super().__init__()
+        self.body, self.first = torch.nn.Conv2d(3, 8, 3), torch.nn.Linear(8, classes)
+        self.second, self.added = torch.nn.Linear(8, classes), added
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+        x = torch.relu(self.body(x)).mean((2, 3))
+        return self.first(x) + self.second(x) if self.added else (self.first(x), self.second(x))
+
+
+@pytest.mark.parametrize("added", [True, False])
+def test_other_classes_are_no_other_network(added: bool):
+    policy = sbs.Policy.uniform(_Heads(10, added), X, 4, 4)
+    assert [layer.channels for layer in policy.layers] == [8, None, None]
+    small = sbs.compress(_Heads(7, added), policy)
+    assert (small.first.out_features, small.second.out_features) == (7, 7)
+
+
+def test_a_linear_layer_is_no_convolution():
+    ours, theirs = (torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3, 4), torch.nn.Linear(4, 2)) for _ in "ab")
+    policy = sbs.Policy.uniform(ours, torch.zeros(1, 3, 1, 1), 4, 4)
+    theirs[0], theirs[1], theirs[2] = torch.nn.Identity(), torch.nn.Conv2d(3, 4, 1), torch.nn.Conv2d(4, 2, 1)
+    with pytest.raises(SbsError, match="layer '1' is 'linear', this network's '1x1'"):
+        sbs.compress(theirs, policy)
 
 
 def test_variants_of_a_model_refuse_each_others_policies():

@@ -12,11 +12,12 @@ from pathlib import Path
 
 import pytest
 
-from harness.config import TrialSpec
+from harness.config import TrialSpec, load_recipe
 from harness.run_dir import RunDir, write_json
 from harness.tracking.copying import sync_sweep, sync_trial
 from harness.tracking.mirror import Mirror
 from harness.tracking.store import Store, StoreError
+from harness.train_cli import make_spec
 from tests.integration import tiny
 from tests.integration.fake_trial import expected, write_trial
 from tests.integration.mlflow_stores import (
@@ -98,7 +99,8 @@ def test_a_training_that_outlives_its_server_loses_nothing(tmp_path: Path, serve
     command = [sys.executable, "-m", "harness", "train", str(recipe), "--run-dir", str(path)]
     command += [word for option in options for word in ("--set", option)]
     run = RunDir(path).create()
-    write_json(path / "trial.json", {"key": "0", "label": "trial0", "experiment": "exp", "sweep": "exp"})
+    key = make_spec(load_recipe(str(recipe), [*options, "run.workers=1"]), path).key
+    write_json(path / "trial.json", {"key": key, "label": "trial0", "experiment": "exp", "sweep": "exp"})
     with Mirror(Store(server.uri, timeout_s=2.0), PLACE, poll_s=0.05) as mirror:
         mirror.watch(run)
         with (tmp_path / "log").open("wb") as log:

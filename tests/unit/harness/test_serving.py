@@ -4,11 +4,12 @@ import os
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
+from tests.integration.waiting import wait_for
 
 # What `harness ui` starts, in small: a server with a child of its own, which tell their numbers.
 SERVER = """
@@ -42,7 +43,7 @@ class Case:
         server = SERVER.format(stubborn=stubborn, told=str(self.told))
         command = [*(["nohup"] if nohup else []), sys.executable, "-c", COMMAND, server, str(grace_s)]
         self.process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
-        wait_for(self.told.exists)
+        wait_for(self.told.exists, 30, "the server")
 
     def end_server(self) -> None:
         (self.told.parent / "enough").touch()
@@ -61,13 +62,6 @@ def running(pid: int) -> bool:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except OSError:
         return False
-
-
-def wait_for(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 30
-    while not condition():
-        assert time.monotonic() < deadline, "waited too long"
-        time.sleep(0.02)
 
 
 @pytest.fixture
@@ -124,14 +118,14 @@ def test_a_command_that_is_not_there_leaves_the_signals_as_they_were():
     assert [signal.getsignal(number) for number in END_SIGNALS] == before
 
 
-def test_nobody_waits_for_what_is_over_and_was_not_taken_note_of(monkeypatch: pytest.MonkeyPatch):
+def test_nobody_waits_for_what_is_over_and_was_not_taken_note_of():
     """As in a container whose first process never does."""
     from harness.tracking import serving
 
     leader = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE, process_group=0)
     other = subprocess.Popen([sys.executable, "-c", ""], process_group=leader.pid)
     try:
-        wait_for(lambda: not running(other.pid))
+        wait_for(lambda: not running(other.pid), 30, "its end")
         assert serving._alive(leader)
         leader.communicate(b"\n", timeout=10)
         os.killpg(leader.pid, 0)  # there is a group

@@ -1,11 +1,14 @@
 """The plain backend: PIL and numpy under a torch DataLoader. The oracle of the FFCV one, and what runs without FFCV."""
 
-from collections.abc import Iterator
+import faulthandler
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from harness.data.pipeline import Pipeline, undecodable
@@ -27,12 +30,23 @@ class _Images(Dataset[Any]):
     def __getstate__(self) -> dict[str, Any]:
         return {"_pipeline": self._pipeline, "_map": None}
 
-    def __getitem__(self, request: _Request) -> tuple[NDArray[Any], NDArray[np.int64]] | UserError:
-        """A batch; user errors are handed over as values, since DataLoader buries raised ones in a traceback's text."""
+    def __getitem__(self, request: _Request) -> tuple[Tensor, Tensor] | UserError:
+        """A batch; user errors are handed over as values, since DataLoader buries raised ones in a traceback's text.
+
+        Tensors go through shared memory. Arrays would go through a pipe, and a process that is killed half-way through
+        one leaves its reader waiting for the rest.
+        """
+        limited = self._pipeline.threads > 1  # with one, no process of its own
+        if limited:  # ends a process that stands still, with its stack on stderr; `_asked` finds it dead
+            faulthandler.dump_traceback_later(self._pipeline.stall_limit_s, exit=True)
         try:
-            return self._batch(*request)
+            images, labels = self._batch(*request)
         except UserError as error:
             return error
+        finally:
+            if limited:
+                faulthandler.cancel_dump_traceback_later()
+        return torch.from_numpy(images), torch.from_numpy(labels)
 
     def _batch(self, samples: NDArray[np.int64], epoch: int, size: int) -> tuple[NDArray[Any], NDArray[np.int64]]:
         pipeline, index = self._pipeline, self._pipeline.index
@@ -62,15 +76,16 @@ class TorchBackend:
     def __init__(self, pipeline: Pipeline) -> None:
         self._requests: list[_Request] = []
         self._batch_size, self._path = pipeline.batch_size, pipeline.index.path
+        self._stall_limit_s = pipeline.stall_limit_s
         several = {} if pipeline.threads == 1 else {
             "num_workers": pipeline.threads, "multiprocessing_context": "spawn", "persistent_workers": True,
         }  # fmt: skip
+        self._batches: Iterator[Any] = iter(())  # here and in no frame, where an error's traceback would keep it alive
         self._loader: DataLoader[Any] | None = DataLoader(
             _Images(pipeline),
             batch_size=None,
             sampler=_Live(self._requests),
             collate_fn=_as_is,
-            timeout=0 if pipeline.threads == 1 else pipeline.stall_limit_s,
             **several,  # type: ignore[arg-type]
         )
 
@@ -78,27 +93,42 @@ class TorchBackend:
         self, epoch: int, order: NDArray[np.int64], size: int
     ) -> Iterator[tuple[NDArray[Any], NDArray[np.int64]]]:
         """See `Backend.batches`."""
-        assert self._loader is not None, "the loader is closed"
         starts = range(0, len(order), self._batch_size)
         self._requests[:] = [(order[start : start + self._batch_size], epoch, size) for start in starts]
-        batches = iter(self._loader)
-        while (batch := self._next(batches)) is not None:
+        self._batches = self._asked(self._begin)
+        while (batch := self._asked(lambda: next(self._batches, None))) is not None:
             if isinstance(batch, UserError):
                 raise batch
-            yield batch
+            images, labels = batch
+            yield images.numpy(), labels.numpy()
 
-    def _next(self, batches: Iterator[Any]) -> Any:
-        """The next batch, None at the end."""
+    def _begin(self) -> Iterator[Any]:
+        """DataLoader's iterator, begun anew, with its processes started.
+
+        Aside, since in the main thread DataLoader would set a SIGCHLD handler for the whole program, one that raises
+        wherever that thread happens to be when a process dies: within a training step, say. Without it, it looks
+        every 5 s.
+        """
+        assert self._loader is not None, "the loader is closed"
+        with ThreadPoolExecutor(1) as aside:
+            return aside.submit(self._loader.__iter__).result()
+
+    def _asked(self, ask: Callable[[], Any]) -> Any:
+        """What DataLoader answers; `UserError` if a process died or stood still for `stall_limit_s`."""
         try:
-            return next(batches, None)
-        except RuntimeError as error:
-            if not str(error).startswith("DataLoader "):  # its own words on a process that died or stands still
+            return ask()
+        except (ConnectionError, EOFError, RuntimeError) as error:
+            if isinstance(error, RuntimeError) and not str(error).startswith("DataLoader worker"):
                 raise
-            raise UserError(f"a loading process of {self._path} died or stands still: {error}") from None
+            what = repr(error)
+        raise UserError(  # not in the handler: the traceback of DataLoader's error would keep its processes alive
+            f"a loading process of {self._path} died ({what}): it was killed, for want of memory perhaps (lower "
+            f"data.workers), or made no batch for {self._stall_limit_s:g} s (then its stack is on stderr)"
+        )
 
     def close(self) -> None:
         """End the processes."""
-        self._loader = None
+        self._loader, self._batches = None, iter(())
 
 
 class _Live:

@@ -3,15 +3,21 @@
 import logging
 import multiprocessing
 import os
+import re
 import shutil
+import signal
 import threading
+import time
+from multiprocessing import connection
 from pathlib import Path
+from typing import NoReturn
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
+from harness.data import torch_backend
 from harness.data.loader import Loader, open_data
 from harness.data.manifest import load_manifest
 from harness.errors import UserError
@@ -220,15 +226,43 @@ def test_loading_processes_change_nothing(photos: Path):
     assert same(*(epoch(load(photos, backend="torch", workers=n, **colours)) for n in (1, 2)))
 
 
-def test_a_loading_process_that_is_killed_is_a_message(photos: Path):
+def test_loading_processes_that_are_killed_are_a_message_where_a_batch_is_asked_for_and_nowhere_else(photos: Path):
+    """Not within a training step, which is where DataLoader's own handler of SIGCHLD would raise."""
+    handler = signal.getsignal(signal.SIGCHLD)
     loader = load(photos, backend="torch", workers=2, batch_size=1, **PHOTOS)
     batches = loader.epoch(0)
     next(batches)
-    for process in multiprocessing.active_children():
-        process.kill()
-    with pytest.raises(UserError, match=r"a loading process of .*train.beton died or stands still: DataLoader worker"):
+    processes = multiprocessing.active_children()
+    assert len(processes) == 2, "the other tests' processes have ended"
+    for process in processes:
+        os.kill(process.pid, signal.SIGKILL)
+    for process in processes:
+        assert connection.wait([process.sentinel], timeout=30), "a killed process did not die"
+    assert signal.getsignal(signal.SIGCHLD) is handler
+    with pytest.raises(UserError, match=r"a loading process of .*train.beton died \(.*data.workers"):
         list(batches)
     loader.close()
+
+
+class Stuck(torch_backend._Images):
+    """What a file server that answers no more makes of a loading process."""
+
+    def _batch(self, *request: object) -> NoReturn:
+        while True:
+            time.sleep(60)
+
+
+def test_loading_processes_that_stand_still_are_an_error(
+    photos: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+):
+    monkeypatch.setattr(torch_backend, "_Images", Stuck)
+    data = config(photos, backend="torch", workers=2, **PHOTOS)
+    loader = open_data(data, "train", batch_size=8, seed=0, stall_limit_s=1.0)
+    with pytest.raises(UserError, match=r"a loading process of .*train.beton died \(.* made no batch for 1 s"):
+        next(loader.epoch(0))
+    loader.close()
+    assert not multiprocessing.active_children(), "an error leaves no process"
+    assert re.search(r"Timeout \(0:00:01\)!(.|\n)*in _batch", capfd.readouterr().err)
 
 
 @pytest.fixture

@@ -49,7 +49,7 @@ class _Images:
 class TorchBackend:
     """Batches of one pipeline: made in this process for one thread, else by as many processes, begun when needed."""
 
-    name = f"PIL {PIL.__version__} + numpy {np.__version__}"
+    name = f"torch (PIL {PIL.__version__}, numpy {np.__version__})"
 
     def __init__(self, pipeline: Pipeline) -> None:
         self._pipeline = pipeline

@@ -7,26 +7,33 @@ wherever the program happens to be; elsewhere it finds a death only after its wh
 
 import multiprocessing
 import multiprocessing.util
+import os
 import signal
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
+from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection
 from multiprocessing.context import SpawnProcess
 from typing import Any
 
 from harness.errors import UserError
+from harness.settings import LEAVE_SIGNALS
 
 _AHEAD = 2  # requests that a process has at a time: one in work, one waiting
 _GONE_WAIT_S = 5.0
+_LOOK_S = 5.0  # how often an idle process looks whether its program lives
+# Sent to whole groups, while the program may want more batches to stop well: it ends its processes itself.
+_NOT_FOR_THEM = (signal.SIGINT, *LEAVE_SIGNALS)
 
 _Process = tuple[SpawnProcess, "Connection[Any, Any]"]
 
 
 class LoadingProcesses:
-    """`count` processes that answer requests in turn, by `make(*request)`; `make` goes there once, pickled.
+    """`count` processes that answer requests in turn, by `make(*job, request)`; `make` goes there once, pickled.
 
-    They end with `close`, with this object or with this process, however it ends. `what` names their work in errors.
+    They end with `close`, with this object, with any error but an answer's own, and soon after this process, however it
+    ends. `what` names their work in errors. Requests are small (some kB); an answer, `make` and a job may be large.
     """
 
     def __init__(self, make: Callable[..., Any], count: int, *, what: str, limit_s: float) -> None:
@@ -36,15 +43,32 @@ class LoadingProcesses:
         self._turn: object = None
         # Unlike weakref.finalize, it surely runs before multiprocessing waits for processes that ignore SIGTERM.
         self._end = multiprocessing.util.Finalize(self, _end, (self._processes,), exitpriority=10)
-        context = multiprocessing.get_context("spawn")
-        for _ in range(count):
-            ours, theirs = context.Pipe()
-            process = context.Process(target=_serve, args=(theirs, make), daemon=True)
-            process.start()
-            theirs.close()
-            self._processes.append((process, ours))
+        resource_tracker.ensure_running()  # as `start` would, which would unblock the signals
+        mask = signal.pthread_sigmask(signal.SIG_BLOCK, _NOT_FOR_THEM)  # inherited, until `_serve` ignores them
+        try:
+            for _ in range(count):
+                self._start()
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        for k in range(count):
+            self._take(k)  # its first word: from now on, it reads what is sent
+            self._send(k, make)
 
-    def answers(self, requests: Sequence[Any]) -> Iterator[Any]:
+    def _start(self) -> None:
+        """A process that has nothing but its pipe: what a dying one does not read, `start` would wait to write."""
+        context = multiprocessing.get_context("spawn")
+        ours, theirs = context.Pipe()
+        with theirs:
+            process = context.Process(target=_serve, args=(theirs,), daemon=True)
+            process.start()
+        self._processes.append((process, ours))
+
+    @property
+    def closed(self) -> bool:
+        """Whether they have been ended."""
+        return not self._processes
+
+    def answers(self, job: tuple[Any, ...], requests: Sequence[Any]) -> Iterator[Any]:
         """Yield the answers in the order of the requests.
 
         Raises `UserError` (the answer's own; a process died; none came in `limit_s` seconds), and RuntimeError with the
@@ -54,12 +78,15 @@ class LoadingProcesses:
         count = len(self._processes)
         for k in range(count):
             while self._owed[k]:  # to answers that nobody waits for any more
+                self._owed[k] -= 1
                 self._take(k)
+            self._send(k, job)
         for number in range(min(_AHEAD * count, len(requests))):
             self._ask(number % count, requests[number])
         for number in range(len(requests)):
             if self._turn is not turn:
                 raise RuntimeError(f"{self._what}: another epoch has begun, or the loader was closed")
+            self._owed[number % count] -= 1
             answer = self._take(number % count)
             if number + _AHEAD * count < len(requests):
                 self._ask(number % count, requests[number + _AHEAD * count])
@@ -73,33 +100,55 @@ class LoadingProcesses:
         self._end()
 
     def _ask(self, k: int, request: Any) -> None:
+        self._send(k, _Request(request))
+        self._owed[k] += 1
+
+    def _send(self, k: int, message: Any) -> None:
         process, pipe = self._processes[k]
         try:
-            pipe.send(request)
-        except ConnectionError:
-            raise self._died(process) from None
-        self._owed[k] += 1
+            try:
+                pipe.send(message)
+            except OSError:
+                raise self._died(process) from None
+        except BaseException:  # Ctrl-C as well: half a message may be on its way
+            self.close()
+            raise
 
     def _take(self, k: int) -> Any:
         process, pipe = self._processes[k]
         try:
-            if not pipe.poll(self._limit_s):
-                raise UserError(
-                    f"a loading process of {self._what} (pid {process.pid}) made no batch for {self._limit_s:g} s: "
-                    "does the storage still answer?"
-                )
-            answer = pipe.recv()
-        except (EOFError, ConnectionError):
-            raise self._died(process) from None
-        self._owed[k] -= 1
-        return answer
+            try:
+                if pipe.poll(self._limit_s):
+                    return pipe.recv()
+            except (EOFError, OSError):
+                raise self._died(process) from None
+            raise UserError(
+                f"a loading process of {self._what} (pid {process.pid}) made no batch for {self._limit_s:g} s: "
+                "does the storage still answer?"
+            )
+        except BaseException:  # as in `_send`
+            self.close()
+            raise
 
     def _died(self, process: SpawnProcess) -> UserError:
         process.join(_GONE_WAIT_S)
-        code = process.exitcode or 0
-        how = f"by {signal.Signals(-code).name}" if code < 0 else f"with status {code}; its words are above"
+        code = process.exitcode
+        names = {number.value: number.name for number in signal.Signals}
+        if code is None:
+            how = "in an unknown way"
+        elif code < 0:
+            how = f"by {names.get(-code, f'signal {-code}')}"
+        else:
+            how = f"with status {code}; its words are on stderr"
         hint = " If memory ran out, lower data.workers." if code == -signal.SIGKILL else ""
         return UserError(f"a loading process of {self._what} (pid {process.pid}) ended {how}.{hint}")
+
+
+class _Request:
+    """One more answer is wanted. Anything else that is sent is `make`, or the job of the requests that follow."""
+
+    def __init__(self, value: Any) -> None:
+        self.value = value
 
 
 def _end(processes: list[_Process]) -> None:
@@ -112,21 +161,37 @@ def _end(processes: list[_Process]) -> None:
     processes.clear()
 
 
-def _serve(pipe: "Connection[Any, Any]", make: Callable[..., Any]) -> None:
+def _serve(pipe: "Connection[Any, Any]") -> None:
     """What a process does until its pipe ends."""
-    for number in (
-        signal.SIGINT,
-        signal.SIGTERM,
-    ):  # sent to whole groups; its loader may want more batches to stop well
+    for number in _NOT_FOR_THEM:
         signal.signal(number, signal.SIG_IGN)
-    with suppress(EOFError, ConnectionError):
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, _NOT_FOR_THEM)
+    with suppress(EOFError, OSError):
+        pipe.send("here")
+        make = _received(pipe)
+        job: tuple[Any, ...] = ()
         while True:
-            request = pipe.recv()
-            answer: Any
-            try:
-                answer = make(*request)
-            except UserError as error:
-                answer = error
-            except Exception:  # noqa: BLE001 - raised again by whoever asked; its type may not travel
-                answer = RuntimeError(f"in a loading process:\n{traceback.format_exc()}")
-            pipe.send(answer)
+            message = _received(pipe)
+            if isinstance(message, _Request):
+                pipe.send(_answer(make, job, message.value))
+            else:
+                job = message
+
+
+def _received(pipe: "Connection[Any, Any]") -> Any:
+    """The next message; EOFError if the program is gone, though a process that it forked may hold the pipe's end."""
+    program = multiprocessing.parent_process()
+    assert program is not None
+    while not pipe.poll(_LOOK_S):
+        if os.getppid() != program.pid:
+            raise EOFError
+    return pipe.recv()
+
+
+def _answer(make: Callable[..., Any], job: tuple[Any, ...], request: Any) -> Any:
+    try:
+        return make(*job, request)
+    except UserError as error:
+        return error
+    except Exception:  # noqa: BLE001 - raised again by whoever asked; its type may not travel
+        return RuntimeError(f"in a loading process:\n{traceback.format_exc()}")

@@ -25,9 +25,10 @@ class _Images:
     def __getstate__(self) -> dict[str, Any]:
         return {"_pipeline": self._pipeline, "_map": None}
 
-    def batch(self, samples: NDArray[np.int64], epoch: int, size: int) -> _Batch:
-        """See `Backend.batches`."""
+    def batch(self, order: NDArray[np.int64], epoch: int, size: int, start: int) -> _Batch:
+        """The batch from place `start` of an epoch's order on; see `Backend.batches`."""
         pipeline, index = self._pipeline, self._pipeline.index
+        samples = order[start : start + pipeline.batch_size]
         self._map = self._map or CheckedMap(index)
         self._map.check()
         stored = memoryview(self._map.bytes)
@@ -58,18 +59,16 @@ class TorchBackend:
 
     def batches(self, epoch: int, order: NDArray[np.int64], size: int) -> Iterator[_Batch]:
         """See `Backend.batches`."""
-        pipeline = self._pipeline
+        pipeline, job = self._pipeline, (order, epoch, size)
         starts = range(0, len(order), pipeline.batch_size)
-        requests = [(order[start : start + pipeline.batch_size], epoch, size) for start in starts]
         if pipeline.threads == 1:
-            for request in requests:
-                yield self._images.batch(*request)
+            yield from (self._images.batch(*job, start) for start in starts)
             return
-        if self._processes is None:
+        if self._processes is None or self._processes.closed:
             self._processes = LoadingProcesses(
                 self._images.batch, pipeline.threads, what=str(pipeline.index.path), limit_s=pipeline.stall_limit_s
             )
-        yield from self._processes.answers(requests)
+        yield from self._processes.answers(job, starts)
 
     def close(self) -> None:
         """End the processes."""

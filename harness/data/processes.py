@@ -9,9 +9,11 @@ import multiprocessing
 import multiprocessing.util
 import os
 import signal
+import threading
+import time
 import traceback
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection
 from multiprocessing.context import SpawnProcess
@@ -22,7 +24,7 @@ from harness.settings import LEAVE_SIGNALS
 
 _AHEAD = 2  # requests that a process has at a time: one in work, one waiting
 _GONE_WAIT_S = 5.0
-_LOOK_S = 5.0  # how often an idle process looks whether its program lives
+_LOOK_S = 5.0  # how often a process looks whether its program lives
 # Sent to whole groups, while the program may want more batches to stop well: it ends its processes itself.
 _NOT_FOR_THEM = (signal.SIGINT, *LEAVE_SIGNALS)
 
@@ -42,7 +44,7 @@ class LoadingProcesses:
         self._owed = [0] * count
         self._turn: object = None
         # Unlike weakref.finalize, it surely runs before multiprocessing waits for processes that ignore SIGTERM.
-        self._end = multiprocessing.util.Finalize(self, _end, (self._processes,), exitpriority=10)
+        multiprocessing.util.Finalize(self, _end, (self._processes,), exitpriority=10)
         resource_tracker.ensure_running()  # as `start` would, which would unblock the signals
         mask = signal.pthread_sigmask(signal.SIG_BLOCK, _NOT_FOR_THEM)  # inherited, until `_serve` ignores them
         try:
@@ -50,9 +52,10 @@ class LoadingProcesses:
                 self._start()
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, mask)
-        for k in range(count):
-            self._take(k)  # its first word: from now on, it reads what is sent
-            self._send(k, make)
+        with self._whole():
+            for k in range(count):
+                self._take(k)  # its first word: from now on, it reads what is sent
+                self._send(k, make)
 
     def _start(self) -> None:
         """A process that has nothing but its pipe: what a dying one does not read, `start` would wait to write."""
@@ -74,22 +77,26 @@ class LoadingProcesses:
         Raises `UserError` (the answer's own; a process died; none came in `limit_s` seconds), and RuntimeError with the
         traceback of any other error of `make`, or if `answers` was called again or the processes were closed since.
         """
+        if self.closed:
+            raise RuntimeError(f"{self._what}: the loader was closed")
         turn = self._turn = object()
         count = len(self._processes)
-        for k in range(count):
-            while self._owed[k]:  # to answers that nobody waits for any more
-                self._owed[k] -= 1
-                self._take(k)
-            self._send(k, job)
-        for number in range(min(_AHEAD * count, len(requests))):
-            self._ask(number % count, requests[number])
+        with self._whole():
+            for k in range(count):
+                while self._owed[k]:  # to answers that nobody waits for any more
+                    self._take(k)
+                    self._owed[k] -= 1
+                self._send(k, job)
+            for number in range(min(_AHEAD * count, len(requests))):
+                self._ask(number % count, requests[number])
         for number in range(len(requests)):
             if self._turn is not turn:
                 raise RuntimeError(f"{self._what}: another epoch has begun, or the loader was closed")
-            self._owed[number % count] -= 1
-            answer = self._take(number % count)
-            if number + _AHEAD * count < len(requests):
-                self._ask(number % count, requests[number + _AHEAD * count])
+            with self._whole():
+                answer = self._take(number % count)
+                self._owed[number % count] -= 1
+                if number + _AHEAD * count < len(requests):
+                    self._ask(number % count, requests[number + _AHEAD * count])
             if isinstance(answer, Exception):
                 raise answer
             yield answer
@@ -97,7 +104,16 @@ class LoadingProcesses:
     def close(self) -> None:
         """End the processes."""
         self._turn = None
-        self._end()
+        _end(self._processes)
+
+    @contextmanager
+    def _whole(self) -> Generator[None]:
+        """Close on any error, Ctrl-C too: with half a message on its way or uncounted, answers would go astray."""
+        try:
+            yield
+        except BaseException:
+            self.close()
+            raise
 
     def _ask(self, k: int, request: Any) -> None:
         self._send(k, _Request(request))
@@ -106,29 +122,21 @@ class LoadingProcesses:
     def _send(self, k: int, message: Any) -> None:
         process, pipe = self._processes[k]
         try:
-            try:
-                pipe.send(message)
-            except OSError:
-                raise self._died(process) from None
-        except BaseException:  # Ctrl-C as well: half a message may be on its way
-            self.close()
-            raise
+            pipe.send(message)
+        except OSError:
+            raise self._died(process) from None
 
     def _take(self, k: int) -> Any:
         process, pipe = self._processes[k]
         try:
-            try:
-                if pipe.poll(self._limit_s):
-                    return pipe.recv()
-            except (EOFError, OSError):
-                raise self._died(process) from None
-            raise UserError(
-                f"a loading process of {self._what} (pid {process.pid}) made no batch for {self._limit_s:g} s: "
-                "does the storage still answer?"
-            )
-        except BaseException:  # as in `_send`
-            self.close()
-            raise
+            if pipe.poll(self._limit_s):
+                return pipe.recv()
+        except (EOFError, OSError):
+            raise self._died(process) from None
+        raise UserError(
+            f"a loading process of {self._what} (pid {process.pid}) made no batch for {self._limit_s:g} s: "
+            "does the storage still answer?"
+        )
 
     def _died(self, process: SpawnProcess) -> UserError:
         process.join(_GONE_WAIT_S)
@@ -152,12 +160,13 @@ class _Request:
 
 
 def _end(processes: list[_Process]) -> None:
-    """They only read: nothing is lost by ending them at once."""
-    for process, pipe in processes:
-        pipe.close()
+    """End them, at once: they only read. May be called again, after Ctrl-C within it for one."""
+    for process, _ in processes:
         process.kill()
     for process, _ in processes:
         process.join(_GONE_WAIT_S)
+    for _, pipe in processes:
+        pipe.close()
     processes.clear()
 
 
@@ -166,26 +175,25 @@ def _serve(pipe: "Connection[Any, Any]") -> None:
     for number in _NOT_FOR_THEM:
         signal.signal(number, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, _NOT_FOR_THEM)
+    threading.Thread(target=_leave_with_program, daemon=True).start()
     with suppress(EOFError, OSError):
         pipe.send("here")
-        make = _received(pipe)
+        make = pipe.recv()
         job: tuple[Any, ...] = ()
         while True:
-            message = _received(pipe)
+            message = pipe.recv()
             if isinstance(message, _Request):
                 pipe.send(_answer(make, job, message.value))
             else:
                 job = message
 
 
-def _received(pipe: "Connection[Any, Any]") -> Any:
-    """The next message; EOFError if the program is gone, though a process that it forked may hold the pipe's end."""
+def _leave_with_program() -> None:
+    """The pipe ends with the program, unless a process that it forked holds the other end as well."""
     program = multiprocessing.parent_process()
-    assert program is not None
-    while not pipe.poll(_LOOK_S):
-        if os.getppid() != program.pid:
-            raise EOFError
-    return pipe.recv()
+    while program is not None and os.getppid() == program.pid:
+        time.sleep(_LOOK_S)
+    os._exit(1)
 
 
 def _answer(make: Callable[..., Any], job: tuple[Any, ...], request: Any) -> Any:

@@ -2,6 +2,7 @@
 
 import gc
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -19,6 +20,7 @@ from harness.errors import UserError
 from tests.integration.waiting import wait_for
 
 MEBI = 1 << 20  # a pipe holds less
+ENVIRONMENT = os.environ | {"PYTHONPATH": str(Path(__file__).parents[3])}
 
 
 def product(a: int, b: int, request: int) -> int:
@@ -65,8 +67,8 @@ class Heavy:
         return len(self.weight) + request
 
 
-def processes(make: object, count: int = 2, limit_s: float = 60.0) -> LoadingProcesses:
-    return LoadingProcesses(make, count, what="train.beton", limit_s=limit_s)  # type: ignore[arg-type]
+def processes(make: object, count: int = 2) -> LoadingProcesses:
+    return LoadingProcesses(make, count, what="train.beton", limit_s=60.0)  # type: ignore[arg-type]
 
 
 def pids(loading: LoadingProcesses) -> list[int]:
@@ -158,13 +160,31 @@ def test_deaths_at_any_moment():
 
 
 @pytest.mark.parametrize("status", [0, 3])
-def test_a_death_at_the_start_leaves_nobody_waiting_to_write(status: int):
+def test_a_death_where_make_arrives(status: int):
     with pytest.raises(UserError, match=rf"\(pid \d+\) ended with status {status}; its words are on stderr\."):
         list(processes(Heavy(status)).answers((), range(4)))
 
 
+def test_a_death_at_the_start_leaves_nobody_waiting_to_write(tmp_path: Path):
+    """A program whose own file cannot be imported a second time; `make` is more than a pipe holds."""
+    program = tmp_path / "program.py"
+    program.write_text(
+        "import os\n"
+        "if __name__ == '__mp_main__': os._exit(3)\n"
+        "from harness.errors import UserError\n"
+        "from tests.unit.data.test_processes import Heavy, processes\n"
+        "try: processes(Heavy(None))\n"
+        "except UserError as error: print(error)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, str(program)], env=ENVIRONMENT, capture_output=True, text=True, check=False, timeout=60
+    )
+    assert re.fullmatch(r"a loading process of train.beton \(pid \d+\) ended with status 3; .*\n", done.stdout), done
+
+
 def test_standing_still_is_an_error():
-    loading = processes(time.sleep, limit_s=1.0)
+    loading = processes(time.sleep)
+    loading._limit_s = 1.0  # only now: their start takes its time
     before = pids(loading)
     with pytest.raises(UserError, match=r"of train.beton \(pid \d+\) made no batch for 1 s: does the storage still"):
         list(loading.answers((), [0.0, 0.0, 3600.0, 0.0]))
@@ -185,6 +205,25 @@ def test_an_interrupt_while_it_waits_ends_them(monkeypatch: pytest.MonkeyPatch):
     with pytest.raises(KeyboardInterrupt):
         next(answers)
     assert loading.closed
+    with pytest.raises(RuntimeError, match="train.beton: the loader was closed"):
+        next(loading.answers((), range(9)))
+
+
+def test_an_end_that_was_interrupted_is_made_again(monkeypatch: pytest.MonkeyPatch):
+    loading = processes(product)
+    before = pids(loading)
+
+    def interrupted() -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loading._processes[1][0], "kill", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            loading.close()
+    assert not gone(before)
+    loading.close()
+    assert loading.closed
+    assert gone(before)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR2])
@@ -224,10 +263,10 @@ def test_they_end_with_their_object():
 
 PROGRAM = """
 import os, sys, time
-from tests.unit.data.test_processes import pids, processes, product
+from tests.unit.data.test_processes import filled, pids, processes
 if __name__ == "__main__":
-    loading = processes(product)
-    next(loading.answers((1, 1), range(4)))
+    loading = processes(filled)
+    next(loading.answers((), range(9)))
     if sys.argv[1] == "forks" and os.fork() == 0:
         time.sleep(60)
     print(*pids(loading), flush=True)
@@ -240,7 +279,7 @@ if __name__ == "__main__":
 def test_they_end_with_the_program(how: str):
     program = subprocess.Popen(
         [sys.executable, "-c", PROGRAM, how], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-        start_new_session=True,
+        start_new_session=True, env=ENVIRONMENT,
     )  # fmt: skip
     try:
         assert program.stdout is not None

@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
-from multiprocessing.connection import wait as wait_for
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -18,6 +17,7 @@ from numpy.typing import NDArray
 
 from harness.data.beton import sample_digest
 from harness.data.encode import BadImageError, WriteSettings, encode
+from harness.data.processes import leave_with_program
 from harness.data.sources import Ref, Source
 from harness.errors import UserError
 
@@ -218,16 +218,9 @@ _writer: ChunkWriter
 def _start_worker(job: ChunkJob, next_page: Counter) -> None:
     global _writer
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    threading.Thread(target=_leave_with_parent, daemon=True).start()
+    # A pool's processes outlive a killed program, since each holds the queue's writing end.
+    threading.Thread(target=leave_with_program, daemon=True).start()
     _writer = ChunkWriter(job, next_page)
-
-
-def _leave_with_parent() -> None:
-    """A pool's processes outlive a killed parent, since each holds the queue's writing end."""
-    parent = multiprocessing.parent_process()
-    if parent is not None:
-        wait_for([parent.sentinel])
-        os._exit(1)
 
 
 def _write_chunk(chunk: Chunk) -> int:

@@ -175,7 +175,7 @@ def _serve(pipe: "Connection[Any, Any]") -> None:
     for number in _NOT_FOR_THEM:
         signal.signal(number, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, _NOT_FOR_THEM)
-    threading.Thread(target=_leave_with_program, daemon=True).start()
+    threading.Thread(target=leave_with_program, daemon=True).start()
     with suppress(EOFError, OSError):
         pipe.send("here")
         make = pipe.recv()
@@ -188,8 +188,8 @@ def _serve(pipe: "Connection[Any, Any]") -> None:
                 job = message
 
 
-def _leave_with_program() -> None:
-    """The pipe ends with the program, unless a process that it forked holds the other end as well."""
+def leave_with_program() -> None:
+    """In a thread of a process: end it once its program is gone, though others hold the pipes between them open."""
     program = multiprocessing.parent_process()
     while program is not None and os.getppid() == program.pid:
         time.sleep(_LOOK_S)

@@ -74,4 +74,3 @@ class TorchBackend:
         """End the processes."""
         if self._processes is not None:
             self._processes.close()
-            self._processes = None

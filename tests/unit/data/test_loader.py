@@ -242,25 +242,6 @@ def test_a_loading_process_that_is_killed_is_a_message_and_the_next_epoch_has_ne
     assert same(epoch(loader, 1), epoch(load(photos, backend="torch", batch_size=1, **PHOTOS), 1))
 
 
-def test_an_epoch_that_was_left_or_closed_yields_nothing_of_another(photos: Path):
-    """Though its processes still owe batches; and the next epoch is the right one."""
-    whole = epoch(load(photos, backend="torch", batch_size=1, **PHOTOS), 1)
-    loader = load(photos, backend="torch", workers=2, batch_size=1, **PHOTOS)
-    left = loader.epoch(0)
-    next(left)
-    again = loader.epoch(1)
-    first = [tensor.clone() for tensor in next(again)]
-    with pytest.raises(RuntimeError, match="another epoch has begun"):
-        next(left)
-    assert same([tuple(first), *((images.clone(), labels.clone()) for images, labels in again)], whole)
-    other = loader.epoch(2)
-    next(other)
-    loader.close()
-    loader.close()
-    with pytest.raises(RuntimeError, match="the loader was closed"):
-        next(other)
-
-
 class Stuck(torch_backend._Images):
     """What a file server that answers no more makes of a loading process."""
 

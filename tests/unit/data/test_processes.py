@@ -95,7 +95,11 @@ def test_answers_come_in_the_order_of_the_requests_and_belong_to_their_job(count
     assert list(loading.answers((2, 2), range(9))) == [4 + k for k in range(9)], "owed answers are not taken for others"
     with pytest.raises(RuntimeError, match="another epoch has begun"):
         next(left)
+    left = loading.answers((3, 3), range(9))
+    next(left)
     loading.close()
+    with pytest.raises(RuntimeError, match="the loader was closed"):
+        next(left)
 
 
 def test_large_makes_jobs_and_answers():

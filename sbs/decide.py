@@ -5,7 +5,7 @@ from torch import Tensor
 
 from sbs import gate_statistics
 from sbs.bops import prices
-from sbs.gates import PACE, GateBank, reachable
+from sbs.gates import PACE, GateBank, movable
 from sbs.layers import clamp_clips
 from sbs.supernet import SuperNet
 
@@ -22,14 +22,14 @@ def step(net: SuperNet, steps: int) -> None:
     clamp_clips(net.model)
     gate_statistics.update(net)
     weight, activation, channel = net.banks()
-    heard = [reachable(weight.decided()), reachable(activation.decided()), channel.decided() >= 0]
+    heard = [movable(weight.decided()), movable(activation.decided()), channel.decided() >= 0]
     wanted = [weight.wanted(PACE), activation.wanted(PACE), _within_limits(net, channel)]
     for bank, audible in zip(net.banks(), heard, strict=True):
         bank.weigh(audible, share, PACE)
-    for bank, decided in zip(net.banks(), wanted, strict=True):
-        bank.commit(decided, share)
     rate = PACE.rate(net.progress)
-    heard = [reachable(weight.decided()), reachable(activation.decided()), heard[2]]
+    for bank, decided in zip(net.banks(), wanted, strict=True):
+        bank.commit(torch.where(rate > 0, decided, bank.decided()), share)
+    heard = [movable(weight.decided()), movable(activation.decided()), heard[2]]
     for bank, price, audible, pressure in zip(
         net.banks(), prices(net, [bank.decided() for bank in net.banks()]), heard, net.pressure.unbind(0), strict=True
     ):

@@ -61,12 +61,12 @@ def _update_weights(net: SuperNet) -> None:
     if net.weight_gates.thresholds.numel() == 0:
         return
     layers = net.searched_layers()
-    kept = [layer.kept_weight() for layer in layers]
-    means, stds = moments(kept)
+    weights, masks = [layer.weight for layer in layers], [layer.kept for layer in layers]
+    means, stds = moments(weights, masks)
     net.leave_moments(means, stds)
     scales = [layer.weight_clip * std for layer, std in zip(layers, stds, strict=True)]
     grid = tuple(levels(b) for b in net.space.weight_bits)
-    net.weight_gates.statistic.copy_(statistics(kept, means, scales, grid))
+    net.weight_gates.statistic.copy_(statistics(weights, means, scales, grid, masks))
 
 
 def _update_channels(net: SuperNet) -> None:

@@ -105,14 +105,14 @@ class GateBank(nn.Module):
         self.thresholds.copy_(self.thresholds.clamp_min(0).minimum(self.statistic + 1))
 
     @torch.no_grad()
-    def weigh(self, reachable: Tensor, share: Tensor, pace: Pace) -> None:
+    def weigh(self, movable: Tensor, share: Tensor, pace: Pace) -> None:
         """Take the step's `pull` into the running means of the side each gate is on, and forget it.
 
-        reachable: gates whose lower ones are open; the others' gradients are zero and say nothing.
+        movable: the gates whose flip is a step that the layer can take now; the others have no say.
         share: of the search that the step is. A gate that has just flipped is not listened to.
         """
         pull = torch.where(self.pull.isfinite(), self.pull, 0.0)
-        heard = reachable & self.pull.isfinite() & (self.age >= pace.hold)
+        heard = movable & self.pull.isfinite() & (self.age >= pace.hold)
         is_open = self.decided() > 0
         for side, slope, weight in (
             (is_open, self.slope_open, self.weight_open),
@@ -132,16 +132,17 @@ class GateBank(nn.Module):
         return torch.where(known_open & known_closed, both, torch.where(known_open, self.slope_open, self.slope_closed))
 
     @torch.no_grad()
-    def move(self, price: Tensor, reachable: Tensor, share: Tensor, rate: Tensor, pace: Pace) -> None:
+    def move(self, price: Tensor, movable: Tensor, share: Tensor, rate: Tensor, pace: Pace) -> None:
         """Move the thresholds: up where `price` (lambda * what an open gate costs) outweighs what the loss gains.
 
-        The unit of speed is the mean force on the bank's gates, so that neither the loss's scale nor lambda's matters.
+        A gate's speed is the balance of the two between -1 and 1, so that the scale of neither matters, nor the size
+        of its layer.
         """
-        force = torch.where(reachable, price + self.slope(), 0.0)
-        unit = (price.abs() + self.slope().abs()).where(reachable, 0.0).sum() / reachable.sum().clamp_min(1)
+        gain = self.slope()
+        balance = (price + gain) / (price.abs() + gain.abs()).clamp_min(torch.finfo(price.dtype).tiny)
         s = torch.sigmoid(self.margin())
-        way = pace.distance * share * rate * 4 * s * (1 - s) * force / unit.clamp_min(torch.finfo(unit.dtype).tiny)
-        way = torch.where(reachable & (self.age >= pace.hold), way, 0.0)
+        way = pace.distance * share * rate * 4 * s * (1 - s) * balance
+        way = torch.where(movable & (self.age >= pace.hold), way, 0.0)
         self.thresholds += way.to(self.thresholds.dtype)
         self.clamp()
 
@@ -160,10 +161,12 @@ class GateBank(nn.Module):
         self.open.copy_(decided)
 
 
-def reachable(open_gates: Tensor) -> Tensor:
-    """Bit gates (layers, steps) whose lower gates are all open: the others have no say."""
-    below = torch.cat([torch.ones_like(open_gates[:, :1]), open_gates[:, :-1]], dim=1)
-    return below.cumprod(dim=1) > 0
+def movable(open_gates: Tensor) -> Tensor:
+    """Bit gates (layers, steps) whose flip changes a layer by one step: the highest open one and the one above it."""
+    edge = torch.ones_like(open_gates[:, :1])
+    reached = torch.cat([edge, open_gates], dim=1).cumprod(dim=1)
+    above = torch.cat([reached[:, 2:], 0 * edge], dim=1)
+    return (reached[:, :-1] > 0) & (above == 0)
 
 
 def effective_bits(gates: Tensor, bits: Sequence[int]) -> Tensor:

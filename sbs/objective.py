@@ -35,13 +35,12 @@ def bop_penalty(net: SuperNet, gradient: Gradient = "joint") -> Tensor:
     with torch.no_grad():
         value = bops_under(net, [bank.decided() for bank in net.banks()]).log()
     if torch.is_grad_enabled():
-        felt = value.new_tensor([gradient != "activations", gradient != "weights", 1.0])
-        value.requires_grad_().register_hook(partial(_press, net, felt))
+        value.requires_grad_().register_hook(partial(_press, net, GRADIENTS.index(gradient)))
     return value.to(net.channel_gates.open.dtype)
 
 
-def _press(net: SuperNet, felt: Tensor, pressure: Tensor) -> None:
-    net.pressure += pressure.detach() * felt
+def _press(net: SuperNet, gradient: int, pressure: Tensor) -> None:
+    net.press(pressure.detach(), gradient)
 
 
 def param_groups(net: nn.Module) -> dict[str, list[nn.Parameter]]:

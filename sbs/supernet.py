@@ -51,11 +51,12 @@ class SuperNet(nn.Module):
         self.channel_gates = GateBank(total).to(device)
         # share of the search that is over, and dL/d(log BOPs) of the step by what it presses upon, see `GATES`
         self.register_buffer("progress", torch.zeros((), dtype=torch.float64, device=device))
+        felt = [[1, 1, 1], [1, 0, 1], [0, 1, 1]]
+        self.register_buffer("_felt", torch.tensor(felt, dtype=torch.float64, device=device), persistent=False)
         self.register_buffer("pressure", torch.zeros(len(GATES), dtype=torch.float64, device=device), persistent=False)
         self._index_channels(device)
         self.macs = MacTable(graph, self.group_sizes, self.group_slices).to(device)
         self._rows = {name: i for i, name in enumerate(self.searched)}
-        self._kept_for: tuple[torch.device, Tensor] | None = None
         self._kept_version: tuple[int, int] | None = None
         self._left_moments: tuple[Snapshot, tuple[list[Tensor], list[Tensor]]] | None = None
         self._is_started = False
@@ -213,7 +214,7 @@ class SuperNet(nn.Module):
         left, self._left_moments = self._left_moments, None
         if left and self.training and left[0].holds([layer.weight for layer in layers]):
             return left[1]
-        return moments([layer.kept_weight() for layer in layers])
+        return moments([layer.weight for layer in layers], [layer.kept for layer in layers])
 
     # -- what steps of the search change
 
@@ -226,6 +227,7 @@ class SuperNet(nn.Module):
     _weight_steps: Tensor
     progress: Tensor
     pressure: Tensor
+    _felt: Tensor
 
     def banks(self) -> tuple[GateBank, GateBank, GateBank]:
         """Gates of the weights' bits, of the activations' bits, and of the channel groups."""
@@ -244,6 +246,11 @@ class SuperNet(nn.Module):
         self._is_started = True
 
     @torch.no_grad()
+    def press(self, pressure: Tensor, gradient: int) -> None:
+        """Take note of dL/d(log BOPs), for the gates that feel it; gradient: its place in `objective.GRADIENTS`."""
+        self.pressure += pressure * self._felt[gradient]
+
+    @torch.no_grad()
     def forget_pulls(self) -> None:
         """Drop what backward passes have said of the gates."""
         for bank in self.banks():
@@ -252,29 +259,25 @@ class SuperNet(nn.Module):
 
     def leave_moments(self, means: list[Tensor], stds: list[Tensor]) -> None:
         """Leave the moments of the searched layers' weights for the next training pass, if the weights stay."""
-        if not torch.is_inference_mode_enabled():  # whose tensors no later step can use
+        # on a GPU asking whether they did would wait for it; tensors of inference mode no later step can use
+        if self.progress.device.type == "cpu" and not torch.is_inference_mode_enabled():
             self._left_moments = Snapshot.of([layer.weight for layer in self.searched_layers()]), (means, stds)
 
     def refresh_kept(self) -> None:
-        """Tell the layers which rows and columns are kept, if the open channel gates changed since the last time."""
+        """Tell the layers what channel gates leave of their weights, if those were written since the last time."""
         gates_open = self.channel_gates.open
         # whoever writes the buffer (a state dict, an averaged model, a broadcast) raises its version
         version = (gates_open._version, gates_open.data_ptr())  # noqa: SLF001
-        # writing through `.data` does not; in training that would cost a transfer to the host in every step
+        # writing through `.data` does not; in evaluation there is time to look
         if not self.group_slices or (self.training and version == self._kept_version):
             return
-        self._kept_version = version
-        device, is_open = gates_open.device, self.channel_gates.decided().cpu()
-        if self._kept_for is not None and self._kept_for[0] == device and torch.equal(self._kept_for[1], is_open):
-            return
-        self._kept_for, self._left_moments = (device, is_open), None
-        kept = [_kept_channels(gate) for gate in self.channel_gates_of(is_open)]
-        for info, rows, columns in self.graph.kept(kept):
+        self._kept_version, changed = version, False
+        for info, mask in self.graph.masks(self.channel_gates_of(self.channel_gates.decided())):
             layer = self.model.get_submodule(info.name)
             assert isinstance(layer, QuantizedLayer)
-            layer.kept_out = None if rows is None else rows.to(device)
-            layer.kept_in = None if columns is None else columns.to(device)
-
+            changed |= layer.keep(mask)
+        if changed:
+            self._left_moments = None
 
 def _refresh_after_load(net: SuperNet, _: object) -> None:
     net._is_started = True  # noqa: SLF001
@@ -316,8 +319,3 @@ def _slices(graph: NetworkGraph, space: SearchSpace) -> tuple[tuple[int, int], .
         result.append((ends, ends + count))
         ends += count
     return tuple(result)
-
-
-def _kept_channels(gate: Tensor) -> Tensor | None:
-    """Indices of the open channels, or None if all are."""
-    return None if bool((gate > 0).all()) else gate.nonzero().squeeze(1)

@@ -136,13 +136,13 @@ class GateBank(nn.Module):
         """Move the thresholds: up where `price` (lambda * what an open gate costs) outweighs what the loss gains.
 
         A gate's speed is the balance of the two between -1 and 1, so that the scale of neither matters, nor the size
-        of its layer.
+        of its layer. Without a price nothing moves.
         """
         gain = self.slope()
         balance = (price + gain) / (price.abs() + gain.abs()).clamp_min(torch.finfo(price.dtype).tiny)
         s = torch.sigmoid(self.margin())
         way = pace.distance * share * rate * 4 * s * (1 - s) * balance
-        way = torch.where(movable & (self.age >= pace.hold), way, 0.0)
+        way = torch.where(movable & (price != 0) & (self.age >= pace.hold), way, 0.0)
         self.thresholds += way.to(self.thresholds.dtype)
         self.clamp()
 

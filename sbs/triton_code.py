@@ -320,21 +320,18 @@ def add_gradients(
     if tl.program_id(0) == 0:
         tl.store(dscale_ptr, _total(partials_ptr, programs, BLOCK).to(dscale_ptr.dtype.element_ty))
         if COUNT > 1:
-            tail = 0.0
-            for i in tl.static_range(COUNT - 1):
-                j: tl.constexpr = COUNT - 2 - i
-                dot = _total(partials_ptr + (j + 1) * programs, programs, BLOCK)
-                if i == 0:
-                    tail = dot
-                else:
-                    tail = dot + tl.load(bit_gates_ptr + j + 1).to(tl.float32) * tail
+            tail = tl.full((), 0.0, tl.float32)
+            for j in tl.static_range(COUNT - 2, -1, -1):
+                if j < COUNT - 2:
+                    tail = tail * tl.load(bit_gates_ptr + j + 1).to(tl.float32)
+                tail = tail + _total(partials_ptr + (j + 1) * programs, programs, BLOCK)
                 product = tl.load(scale_ptr).to(tl.float32)
                 if SIGNED:
                     product = 2.0 * product
                 for lower in tl.static_range(j):
                     product = product * tl.load(bit_gates_ptr + lower).to(tl.float32)
                 tl.store(dbits_ptr + j, (product * tail).to(dbits_ptr.dtype.element_ty))
-    else:
+    elif table_ptr is not None:
         channel = (tl.program_id(0) - 1) * COLUMNS + tl.arange(0, COLUMNS)
         row = tl.arange(0, ROWS)
         total = tl.zeros((ROWS, COLUMNS), tl.float32)

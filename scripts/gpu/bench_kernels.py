@@ -20,7 +20,7 @@ import statistics
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -76,7 +76,7 @@ class Row:
 class Work(NamedTuple):
     """A call of a kernel over one of some buffers, and the bytes that it has to move."""
 
-    calls: list[Callable[[], object]]
+    calls: Sequence[Callable[[], object]]
     bytes: int
 
 

@@ -23,6 +23,7 @@ FORMS = [
     for signed, mode, relu in itertools.product((False, True), GateMode, (None, math.inf, 6.0))
     if not (signed and relu)
 ]
+BOTH = ("encode_with_sums", "backward_with_codes")
 GRIDS = [(15,), (3, 15), (3, 15, 255)]
 # a 3-d view each: pixels of channels_last, planes of NCHW; multiples of a vector and odd ones, all of several tiles
 VIEWS = {
@@ -45,16 +46,44 @@ def _compiled_kernels() -> Iterator[None]:
 
 @pytest.mark.gpu
 @pytest.mark.timeout(300)
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
-def test_forms(dtype):
-    """Every form over channels_last memory, and over the others where channels matter."""
+@pytest.mark.parametrize("signed", [False, True])
+def test_forms_in_bfloat16(signed):
     for form in FORMS:
-        compare(compiled, Case(form, VIEWS["pixels"], dtype), "cuda")
-    if dtype is torch.bfloat16:
-        for view, mode in itertools.product(("odd pixels", "planes", "odd planes"), GateMode):
-            compare(compiled, Case(Form(False, mode, (3, 15, 255), math.inf), VIEWS[view], dtype), "cuda")
-        for grid in GRIDS:
-            compare(compiled, Case(Form(False, GateMode.NONE, grid, math.inf), VIEWS["rows"], dtype), "cuda")
+        if form.signed is signed:
+            compare(compiled, Case(form, VIEWS["pixels"], torch.bfloat16), "cuda", names=BOTH)
+
+
+@pytest.mark.gpu
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_forms_in_other_types(dtype):
+    for mode in GateMode:
+        compare(compiled, Case(Form(False, mode, (3, 15, 255), 6.0), VIEWS["pixels"], dtype), "cuda", names=BOTH)
+    compare(compiled, Case(Form(True, GateMode.NONE, (3, 15)), VIEWS["pixels"], dtype), "cuda", names=BOTH)
+
+
+@pytest.mark.gpu
+@pytest.mark.timeout(300)
+def test_all_kernels():
+    for mode in GateMode:
+        compare(compiled, Case(Form(False, mode, (3, 15, 255), math.inf), VIEWS["pixels"], torch.bfloat16), "cuda")
+
+
+@pytest.mark.gpu
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("view", ["odd pixels", "planes", "odd planes"])
+def test_orders_in_memory(view):
+    for mode in (GateMode.BEFORE, GateMode.AFTER):
+        form = Form(False, mode, (3, 15, 255), math.inf)
+        compare(compiled, Case(form, VIEWS[view], torch.bfloat16), "cuda", names=BOTH)
+
+
+@pytest.mark.gpu
+@pytest.mark.timeout(300)
+def test_candidate_widths():
+    for grid in GRIDS:
+        case = Case(Form(False, GateMode.NONE, grid, math.inf), VIEWS["rows"], torch.bfloat16)
+        compare(compiled, case, "cuda", names=(*BOTH, "encode"))
 
 
 @pytest.mark.gpu

@@ -158,7 +158,9 @@ class QuantizedLayer(nn.Module):
         """
         if mask is not None and mask.device.type == "cpu":
             mask = None if bool(mask.all()) else mask  # there looking costs nothing, and multiplying by ones does
-            if mask is None and self.kept is None or mask is not None and self.kept is not None and mask.equal(self.kept):
+            if (mask is None and self.kept is None) or (
+                mask is not None and self.kept is not None and mask.equal(self.kept)
+            ):
                 return False
         if mask is None or self.kept is None or self.kept.device != mask.device:
             self.kept = mask

@@ -12,12 +12,13 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 import sbs
+from harness.arithmetic import autocast
 from harness.checkpoint import State
 from harness.config import Recipe, TrainConfig
 from harness.metrics import score_sums
 from harness.optim import averaged, build_optimizer, lr_factor, set_lr
 from harness.pressure import Pressure
-from harness.ranks import Ranks, autocast, norm_statistics, seed_step, set_norm_statistics
+from harness.ranks import Ranks, norm_statistics, seed_step, set_norm_statistics
 from sbs.layers import QuantizedLayer
 
 
@@ -60,7 +61,8 @@ class Stepper:
         self._forward: nn.Module | Any = self._ddp or job.net
         if recipe.run.compile and not any(isinstance(module, QuantizedLayer) for module in job.net.modules()):
             # Quantised layers compile kernels of their own; a graph around them would be compiled anew as gates move.
-            self._forward = torch.compile(self._forward)
+            # One graph for each image size of a schedule: a graph for any size would be slower at all of them.
+            self._forward = torch.compile(self._forward, dynamic=False)
 
     @property
     def lr(self) -> float:

@@ -190,6 +190,7 @@ class RunConfig(Section):
     threads: Count = 1
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     compile: bool = False
+    cuda_graph: Literal["auto"] | bool = "auto"
     deterministic: bool = True
     sync_batchnorm: bool = False
     flip_tta: bool = False

@@ -83,6 +83,7 @@ def test_missing_and_broken_files(tmp_path: Path):
 def test_identity_leaves_out_what_cannot_change_the_result():
     key = trial_key(digits(), "data0")
     assert key == trial_key(digits("data.dir=/elsewhere", "run.checkpoint_every_s=1", "run.cpus_per_worker=2"), "data0")
+    assert key == trial_key(digits("run.cuda_graph=false"), "data0")
     assert len(key) == 16
     for override in ["search.lambda=0.31", "run.seed=1", "run.workers=1", "finetune.lr=0.03", "data.augment=none"]:
         assert trial_key(digits(override), "data0") != key

@@ -55,7 +55,7 @@ def shortened(recipe: Recipe) -> Recipe:
 class _MadeUp:
     """A loader of two batches of noise, like `harness.data.Loader`."""
 
-    stack, order, memory = "made-up images", "made up", "made up"
+    stack, order, memory, waited_s = "made-up images", "made up", "made up", 0.0
 
     def __init__(self, data: Any, split: str, *, batch_size: int, device: torch.device, **_: Any) -> None:
         self._size = data.image_size if split == "train" else data.eval_image_size or data.image_size

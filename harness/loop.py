@@ -93,14 +93,13 @@ class StageLoop:
         batches = iter(self._loader.epoch(self.at.epoch, skip=self.at.batch))
         while self.at.batch < steps:
             agreed = self.ranks.begin_max(max(self._wish(), self._due()))
-            begin_s = time.perf_counter()
+            waited_s = self._loader.waited_s
             self.context.beat("waiting for data")
             images, labels = next(batches)
-            wait_s = time.perf_counter() - begin_s
             self.context.beat(f"at step {self.global_step()}")
             self._step(images, labels)
             self._profiler.step()
-            watch.step(len(labels) * self.ranks.world, wait_s)
+            watch.step(len(labels) * self.ranks.world, self._loader.waited_s - waited_s)
             self.context.progress(self.at.epoch, self.job.config.epochs, self.global_step(), watch.images_per_s())
             self._act(agreed())
         self._give_up_on_faults()  # the last step's weights have no loss yet that could tell

@@ -1,5 +1,6 @@
 """`open_data`: batches of a data set folder, through FFCV or through torch and PIL, with the same content."""
 
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -110,7 +111,8 @@ def _check(pipeline: Pipeline) -> None:
 class Loader:
     """Batches of one rank. `num_samples` counts the whole split; `len()` is this rank's batches of an epoch.
 
-    `stack` names what loads the images; `order` and `memory` say what was chosen.
+    `stack` names what loads the images; `order` and `memory` say what was chosen; `waited_s` grows by the time that
+    batches were not ready when they were asked for (a GPU that is behind is not counted).
     """
 
     def __init__(
@@ -121,6 +123,7 @@ class Loader:
         self.classes = manifest.classes
         self.stack = backend.name
         self.order, self.memory = pipeline.order_kind, pipeline.memory
+        self.waited_s = 0.0
         self._pipeline, self._backend = pipeline, backend
         self._dtype = table.dtype
         self._feed = None if device.type == "cpu" else DeviceFeed(table, device)
@@ -137,8 +140,9 @@ class Loader:
         """
         order = self._pipeline.order(epoch)[skip * self._pipeline.batch_size :]
         batches = self._backend.batches(epoch, order, self._pipeline.size(epoch))
+        made = self._timed(batches)
         try:
-            yield from map(self._deliver, batches) if self._feed is None else self._feed.batches(batches)
+            yield from map(self._deliver, made) if self._feed is None else self._feed.batches(made)
         finally:
             batches.close()  # type: ignore[attr-defined]
 
@@ -150,6 +154,15 @@ class Loader:
     def close(self) -> None:
         """End the loader's threads and processes."""
         self._backend.close()
+
+    def _timed(self, batches: Iterator[HostBatch]) -> Iterator[HostBatch]:
+        while True:
+            begin_s = time.perf_counter()
+            batch = next(batches, None)
+            self.waited_s += time.perf_counter() - begin_s
+            if batch is None:
+                return
+            yield batch
 
     def _deliver(self, host: HostBatch) -> tuple[Tensor, Tensor]:
         images, labels = map(torch.from_numpy, host)

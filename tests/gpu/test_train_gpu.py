@@ -87,6 +87,16 @@ def test_steps_by_a_graph_are_the_plain_ones_to_the_bit(stage: str, precision: s
 
 
 @pytest.mark.timeout(300)
+def test_a_compiled_network_is_captured_too():
+    sets = ["run.precision=bf16", "run.compile=true"]
+    theirs, _ = trained("pretrain", [32] * 6, *sets, "run.cuda_graph=false")
+    ours, stepper = trained("pretrain", [32] * 6, *sets, "run.cuda_graph=true")
+    assert stepper._gradients._graph is not None
+    for a, b in zip(ours, theirs, strict=True):
+        assert torch.equal(a, b) if isinstance(a, Tensor) else a == b
+
+
+@pytest.mark.timeout(300)
 @pytest.mark.parametrize("name", NETWORKS)
 @pytest.mark.parametrize("stage", MAKE)
 def test_a_step_waits_for_nothing(stage: str, name: str):

@@ -35,8 +35,7 @@ def agree(sums: list[Tensor], means: list[Tensor], banks: Iterable[GateBank]) ->
     total = _summed([*sums, *means, *given])
     for t, part in zip([*sums, *means, *own], total, strict=True):
         t.copy_(part)
-    for t in means:
-        t /= dist.get_world_size()
+    torch._foreach_div_(means, dist.get_world_size())
 
 
 def _summed(tensors: list[Tensor]) -> list[Tensor]:

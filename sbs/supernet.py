@@ -279,6 +279,7 @@ class SuperNet(nn.Module):
         if changed:
             self._left_moments = None
 
+
 def _refresh_after_load(net: SuperNet, _: object) -> None:
     net._is_started = True  # noqa: SLF001
     net.refresh_kept()

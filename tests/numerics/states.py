@@ -47,6 +47,8 @@ def scatter_thresholds(net: nn.Module, seed: int) -> None:
     for _ in range(3):  # closing a group moves the weight statistics of its neighbours: follow them
         for bank, offset in banks.items():
             bank.thresholds.copy_(bank.statistic + offset)
+            if bank is not net.channel_gates:  # by themselves they would take one step at a time
+                bank.open.copy_(offset < 0)
         sbs.after_step(net)
     for bank in banks:
         bank.age.fill_(1.0)  # no gate has just flipped

@@ -1,7 +1,7 @@
 """Gates by themselves, each with a loss written down: which of them close, how often they flip, and at what pace.
 
-Every gate has its own L(g) with L(0) - L(1) known, as a pull dL/dg that depends on where the gate stands. For a parabola
-the mean of both slopes is exact, so the right answer is known: closed if and only if the price exceeds L(0) - L(1).
+Every gate has its own L(g) with L(0) - L(1) known, as a pull dL/dg that depends on where the gate stands. For a
+parabola the mean of both slopes is exact, so the right answer is known: closed if the price exceeds L(0) - L(1).
 """
 
 from __future__ import annotations

@@ -23,7 +23,9 @@ def step(net: SuperNet, steps: int) -> None:
     gate_statistics.update(net)
     weight, activation, channel = net.banks()
     heard = [movable(weight.decided()), movable(activation.decided()), channel.decided() >= 0]
-    wanted = [weight.wanted(PACE), activation.wanted(PACE), _within_limits(net, channel)]
+    # a statistic that falls may close a step whose turn it is not
+    bits = [torch.where(h, bank.wanted(PACE), bank.decided()) for h, bank in zip(heard[:2], net.banks(), strict=False)]
+    wanted = [*bits, _within_limits(net, channel)]
     for bank, audible in zip(net.banks(), heard, strict=True):
         bank.weigh(audible, share, PACE)
     rate = PACE.rate(net.progress)

@@ -1,6 +1,7 @@
 """Single-path Bit Sharing: joint pruning and quantisation in one search (Liu et al., TPAMI 2023), in plain PyTorch."""
 
 from sbs import models
+from sbs.bops import pressure_for
 from sbs.calibrate import calibrate
 from sbs.compiled import use_compiled
 from sbs.convert import compress, freeze
@@ -37,6 +38,7 @@ __all__ = [
     "models",
     "param_groups",
     "prepare",
+    "pressure_for",
     "telemetry",
     "use_compiled",
 ]

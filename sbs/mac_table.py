@@ -52,9 +52,9 @@ class MacTable(nn.Module):
         self.register_buffer("searched_index", torch.tensor(searched), persistent=False)
 
     def forward(self, channel_gates: Tensor) -> Tensor:
-        """Gates of all groups (groups,) -> MACs (layers,), float64."""
+        """Gates of all groups (..., groups) -> MACs (..., layers), float64."""
         # net.float() and the like convert the buffers
-        constant = self.constant.double()
-        kept = constant.new_zeros(self.groups).index_add(0, self.owner, channel_gates.double() * self.sizes.double())
-        kept = torch.cat([kept.new_ones(1), kept])
-        return constant * kept[self.outputs] * kept[self.inputs]
+        constant, channels = self.constant.double(), channel_gates.double() * self.sizes.double()
+        kept = channels.new_zeros(*channels.shape[:-1], self.groups).index_add(-1, self.owner, channels)
+        kept = torch.cat([torch.ones_like(channels[..., :1].sum(-1, keepdim=True)), kept], dim=-1)
+        return constant * kept[..., self.outputs] * kept[..., self.inputs]

@@ -50,7 +50,9 @@ class SuperNet(nn.Module):
         self.group_slices = _slices(graph, space) if space.prune else ()
         total = self.group_slices[-1][1] if self.group_slices else 0
         self.channel_gates = GateBank(total).to(device)
-        # share of the search that is over, and dL/d(log BOPs) of the step by what it presses upon, see `GATES`
+        # images of the last step on all ranks; share of the search that is over; and dL/d(log BOPs) of the step by what
+        # it presses upon, see `GATES`
+        self.register_buffer("images", torch.zeros((), dtype=torch.float64, device=device))
         self.register_buffer("progress", torch.zeros((), dtype=torch.float64, device=device))
         felt = [[1, 1, 1], [1, 0, 1], [0, 1, 1]]
         self.register_buffer("_felt", torch.tensor(felt, dtype=torch.float64, device=device), persistent=False)
@@ -61,6 +63,7 @@ class SuperNet(nn.Module):
         self._kept_version: tuple[int, int] | None = None
         self._left_moments: tuple[Snapshot, tuple[list[Tensor], list[Tensor]]] | None = None
         self._is_started = False
+        self._passed = 0
         for side in ("weight", "activation"):
             bits = getattr(space, f"{side}_bits")
             steps = torch.tensor([float(levels(b)) for b in bits], device=device)
@@ -135,6 +138,8 @@ class SuperNet(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(N, C, H, W) -> logits, with the gates as they were decided after the last step."""
         self._warn_without_start()
+        if self.training and torch.is_grad_enabled():
+            self._passed += len(x)
         before = self._contexts()
         self._set_contexts()
         try:
@@ -233,6 +238,7 @@ class SuperNet(nn.Module):
     first_gate: Tensor
     least_open: Tensor
     _weight_steps: Tensor
+    images: Tensor
     progress: Tensor
     pressure: Tensor
     _felt: Tensor
@@ -244,6 +250,12 @@ class SuperNet(nn.Module):
     def searched_layers(self) -> list[QuantizedLayer]:
         """The layers whose bits are searched, in the order of the rows of the bit gates."""
         return [layer for name, layer in self.layers() if name in self._rows]
+
+    def count_images(self, ranks: int) -> None:
+        """Set `images` to those of this step on all ranks, where there was a training pass."""
+        if self._passed:
+            self.images.fill_(float(self._passed * ranks))
+        self._passed = 0
 
     def forget_contexts(self) -> None:
         """End the step: a layer has no gates until the next forward pass."""

@@ -29,8 +29,8 @@ def prices(net: SuperNet, gates: Gates) -> list[Tensor]:
 
     BOPs are of first order in each single gate, so their derivative is the exact difference.
     """
-    with torch.enable_grad():
-        leaves = [gate.detach().double().requires_grad_() for gate in gates]
+    with torch.inference_mode(False), torch.enable_grad():
+        leaves = [gate.detach().to(torch.float64, copy=True).requires_grad_() for gate in gates]
         total = bops_under(net, leaves)
         found = torch.autograd.grad(total, leaves, allow_unused=True)
     total = total.detach()

@@ -43,7 +43,9 @@ def _decide(net: SuperNet, rate: Tensor, share: float, window: float) -> None:
     wanted = [weight.wanted(PACE), activation.wanted(PACE), _within_limits(net, channel)]
     for bank, decided in zip(net.banks(), wanted, strict=True):
         bank.weigh(audible(bank.decided()), share, window, PACE)
-        bank.commit(torch.where(rate > 0, decided, bank.decided()), share)
+        # a statistic that falls may want to close a step whose turn it is not
+        free = movable(bank.decided()) & (rate > 0)
+        bank.commit(torch.where(free, decided, bank.decided()), share)
 
 
 def _move(net: SuperNet, rate: Tensor, share: float, window: float) -> None:

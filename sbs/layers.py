@@ -158,14 +158,13 @@ class QuantizedLayer(nn.Module):
         """
         if mask is not None and mask.device.type == "cpu":
             mask = None if bool(mask.all()) else mask  # there looking costs nothing, and multiplying by ones does
-            if (mask is None and self.kept is None) or (
-                mask is not None and self.kept is not None and mask.equal(self.kept)
-            ):
-                return False
-        if mask is None or self.kept is None or self.kept.device != mask.device:
+        kept = self.kept
+        if mask is None or kept is None or kept.device != mask.device or kept.is_inference():
             self.kept = mask
-        else:
-            self.kept.copy_(mask)
+            return mask is not None or kept is not None
+        if mask.device.type == "cpu" and mask.equal(kept):
+            return False
+        kept.copy_(mask)
         return True
 
     def kept_weight(self) -> Tensor:

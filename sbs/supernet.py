@@ -3,8 +3,9 @@
 import copy
 import math
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -123,6 +124,13 @@ class SuperNet(nn.Module):
             layer = self.model.get_submodule(info.name)
             assert isinstance(layer, QuantizedLayer)
             yield info.name, layer
+
+    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> "SuperNet":
+        """Move or convert everything; the share of the search that is over keeps its digits, which steps add up to."""
+        progress = self.progress
+        super()._apply(fn, recurse)
+        self.progress = progress.to(self.progress.device)
+        return self
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, C, H, W) -> logits, with the gates as they were decided after the last step."""

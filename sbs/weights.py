@@ -136,7 +136,7 @@ def statistics(
     grid: tuple[int, ...],
     masks: Sequence[Tensor | None] = (),
 ) -> Tensor:
-    """mean(r**2) / (s**2 / 12) of what counts of every weight, for all steps of `grid` but the last: (layers, K - 1)."""
+    """mean(r**2) / (s**2 / 12) of what counts of each weight for every step of `grid` but the last: (layers, K - 1)."""
     masks = masks or [None] * len(weights)
     with torch.no_grad():
         alone = [w.numel() >= _LARGE and m is None for w, m in zip(weights, masks, strict=True)]

@@ -27,15 +27,23 @@ def figure_text(row: Row) -> str:
     return text
 
 
-def line(row: Row) -> str:
-    """The row as it is printed."""
-    sign = ">=" if row.at_least else "<="
-    verdict = row.verdict
+def limit_text(row: Row) -> str:
+    """The limit, e.g. `<= 1.25`; nothing where there is none."""
+    return "" if row.must is None else f"{'>=' if row.at_least else '<='} {row.must:g}"
+
+
+def verdict_text(row: Row) -> str:
+    """MET or MISS, then whether what is wanted was reached."""
+    said: list[str] = [row.verdict] if row.verdict else []
     if row.wanted is not None:
         reached = row.value >= row.wanted if row.at_least else row.value <= row.wanted
-        verdict += f", wanted {sign} {row.wanted:g}: {'reached' if reached else 'not yet'}"
-    limit = "" if row.must is None else f"{sign} {row.must:g}"
-    return LINE.format(row.name, figure_text(row), limit, verdict).rstrip()
+        said.append(f"wanted {'>=' if row.at_least else '<='} {row.wanted:g}: {'reached' if reached else 'not yet'}")
+    return ", ".join(said)
+
+
+def line(row: Row) -> str:
+    """The row as it is printed."""
+    return LINE.format(row.name, figure_text(row), limit_text(row), verdict_text(row)).rstrip()
 
 
 def measure(name: str) -> tuple[int, int]:

@@ -21,7 +21,9 @@ def names() -> list[str]:
 
 def figure_text(row: Row) -> str:
     """The figure with its interval, e.g. `1.21 x (1.18-1.25, n=7)`."""
-    text = f"{row.value:.3g} {row.unit}".strip()
+    value = row.value
+    text = f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
+    text = f"{text} {row.unit}".strip()
     if isinstance(row.figure, Estimate):
         text += f" ({row.figure.low:.3g}-{row.figure.high:.3g}, n={row.figure.repeats})"
     return text

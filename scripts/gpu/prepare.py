@@ -1,4 +1,4 @@
-"""`make gpu`: put what a bare GPU machine lacks into `.gpu`, and say how to run there. Nothing to do the second time."""
+"""`make gpu`: put what a bare GPU machine lacks into `.gpu`, once, and say how to run there."""
 
 import hashlib
 import json
@@ -82,7 +82,7 @@ def main() -> int:
         print(f"Preparing {CARRIED} for Python {PYTHON} (about two minutes the first time)", flush=True)
         CARRIED.mkdir(exist_ok=True)
         log = Path(tempfile.gettempdir()) / "sbs-gpu-prepare.log"
-        made = {}
+        made: dict[str, Any] = {}
         for archive in ARCHIVES:
             entry = make(archive, python, log)
             made |= {} if entry is None else {archive.name: entry}

@@ -2,9 +2,9 @@
 
     python3 scripts/gpu/run.py --out FOLDER [--budget-s 600] [--parts tests,train]
 
-Uses the project where it is installed; on a bare machine what `make gpu` put into `.gpu`. Writes figures.json, figures.md
-and log.txt to FOLDER after every part, prints the table, and ends with 0 when every part met its limits. A rehearsal does
-it all on the CPU at tiny sizes, so that its figures mean nothing.
+Uses the project where it is installed; on a bare machine what `make gpu` put into `.gpu`. Writes figures.json,
+figures.md and log.txt to FOLDER after every part, prints the table, and ends with 0 when every part met its limits. A
+rehearsal does it all on the CPU at tiny sizes, so that its figures mean nothing.
 """
 
 import argparse

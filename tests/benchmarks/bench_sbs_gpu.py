@@ -1,8 +1,8 @@
 """Training steps at production shapes on a GPU: the search, 4/4-bit training and full precision, eager and compiled.
 
-bfloat16 autocast, channels_last, the arithmetic of the ImageNet recipes. The variants take turns within each round, each
-timed by CUDA events from an idle GPU to its last kernel, and ratios are taken within a round. That the kernels of `sbs`
-run compiled is a limit of its own. Full precision by torch.compile comes last: it takes longest until its first step.
+bfloat16 autocast, channels_last, the arithmetic of the ImageNet recipes. The variants take turns within each round,
+each timed by CUDA events from an idle GPU to its last kernel, and ratios are taken within a round. That the kernels of
+`sbs` run compiled is a limit of its own. Full precision by torch.compile comes last: its first step takes longest.
 """
 
 from __future__ import annotations
@@ -12,13 +12,23 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from typing import TextIO
+from typing import Any
 
 import torch
 
 from harness.config import RunConfig
-from harness.ranks import arithmetic
-from tests.benchmarks.bench_sbs import Case, Variant, cpu_s, over, peak_bytes, repeat, rounds, twin, variants
+from tests.benchmarks.bench_sbs import (
+    Case,
+    Variant,
+    arithmetic,
+    cpu_s,
+    over,
+    peak_bytes,
+    repeat,
+    rounds,
+    twin,
+    variants,
+)
 from tests.benchmarks.launches import gpu_work
 from tests.benchmarks.measure import NotHereError, Row, estimate
 
@@ -49,13 +59,14 @@ def rows() -> Iterator[Row]:
 
 
 def rows_of(case: Case, device: str, count: int = ROUNDS) -> Iterator[Row]:
-    """One network: first the search and 4/4-bit training against eager full precision, then against the compiled one."""
+    """One network: the search and 4/4-bit training against eager full precision, the search against compiled."""
     run = RunConfig(precision="bf16", deterministic=False, gpus_per_worker=float(device == "cuda"))
     timed = cuda_s if device == "cuda" else cpu_s
     with arithmetic(run), uncompiled() as found:
         made = variants(case, device, autocast=True, chain=False)
         for variant in made.values():  # every variant frees its gradients before a step, also before its first
-            variant.step(), variant.step()
+            for _ in range(2):
+                variant.step()
             variant.optimizer.zero_grad()
         times = rounds({name: repeat(v, case.steps) for name, v in made.items()}, timed, count, warmup=1)
         yield from eager_rows(case, times)
@@ -72,9 +83,7 @@ def eager_rows(case: Case, times: dict[str, list[float]]) -> Iterator[Row]:
         yield Row(f"{case.title}: {name} / {BASE}", over(times, name, BASE), case.must, "x", wanted=case.wanted)
 
 
-def shares(
-    case: Case, made: dict[str, Variant], times: dict[str, list[float]], device: str
-) -> Iterator[Row]:
+def shares(case: Case, made: dict[str, Variant], times: dict[str, list[float]], device: str) -> Iterator[Row]:
     """Launches and busy time of a step, then memory."""
     for name, variant in made.items():
         work = gpu_work(variant.step)
@@ -98,7 +107,8 @@ def compiled_rows(
     backend = "inductor" if plain.images.is_cuda else "aot_eager"
     fast = replace(plain, net=net, forward=torch.compile(net, backend=backend))
     begin = time.perf_counter()
-    fast.step(), fast.step()
+    for _ in range(2):
+        fast.step()
     yield Row(f"{case.title}: torch.compile of full precision", time.perf_counter() - begin, None, "s")
     pair = {COMPILED: fast, "search": made["search"]}
     times = rounds({name: repeat(v, case.steps) for name, v in pair.items()}, timed, count, warmup=1)
@@ -135,13 +145,10 @@ def uncompiled() -> Iterator[list[str]]:
     found: list[str] = []
     show = warnings.showwarning
 
-    def heard(
-        message: Warning | str, category: type[Warning], filename: str, lineno: int,
-        file: TextIO | None = None, line: str | None = None,
-    ) -> None:  # fmt: skip
+    def heard(message: Warning | str, *about: Any) -> None:
         if str(message).startswith(_UNCOMPILED):
             found.append(str(message))
-        show(message, category, filename, lineno, file, line)
+        show(message, *about)
 
     with warnings.catch_warnings():
         warnings.filterwarnings("always", message=_UNCOMPILED)

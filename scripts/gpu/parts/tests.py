@@ -19,8 +19,8 @@ def rows(options: Options) -> Iterator[Row]:
     """How many tests passed, failed and were skipped; on a GPU none may be."""
     report = options.work / "tests.xml"
     processes = 2 if options.tiny else PROCESSES
-    command = ["tests/gpu", "-q", "-n", str(processes), "-p", "no:cacheprovider", "--durations=8", f"--junitxml={report}"]
-    pytest.main([*command, *options.rest])
+    how = ["-q", "-n", str(processes), "-p", "no:cacheprovider", "--durations=8"]
+    pytest.main(["tests/gpu", *how, f"--junitxml={report}", *options.rest])
     if not report.is_file():
         sys.exit("pytest did not come to an end")
     counts = ET.parse(report).getroot().find("testsuite")

@@ -37,6 +37,7 @@ def rows(options: Options) -> Iterator[Row]:
     asked = time.monotonic()
     disturbed.process.send_signal(signal.SIGTERM)
     status = disturbed.wait()
+    print(f"status {status}:\n{disturbed.said()}", flush=True)
     yield Row("digits: status after SIGTERM in the search is 85", status == EXIT_PREEMPTED, 1, at_least=True)
     yield Row("digits: SIGTERM to the end, its state written", time.monotonic() - asked, LEAVE_MUST_S, "s")
     disturbed.start()

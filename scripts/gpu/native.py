@@ -39,6 +39,9 @@ def _bundle(library: Path, place: Path, patchelf: Path, log: Path) -> None:
             shutil.copy(path, place / name)
             run([str(patchelf), "--remove-rpath", str(place / name)], log)
     run([str(patchelf), "--force-rpath", "--set-rpath", f"$ORIGIN/../{place.name}", str(library)], log)
+    outside = [name for name, path in linked(library).items() if path.parent.resolve() != place.resolve()]
+    if wanted := [name for name in outside if name.split(".so")[0] not in SKIPPED]:
+        raise SetupError(f"{library.name} still loads {', '.join(wanted)} of this machine")
 
 
 def linked(library: Path) -> dict[str, Path]:

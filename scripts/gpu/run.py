@@ -35,6 +35,7 @@ PLAN = (
     Part("step_resnet18", 80, (f"{PARTS}.steps", "resnet18")),
     Part("step_resnet50", 110, (f"{PARTS}.steps", "resnet50")),
     Part("step_mobilenetv2", 100, (f"{PARTS}.steps", "mobilenetv2")),
+    Part("kernels", 60, (f"{PARTS}.kernels",), needed_s=50),
     Part("parity", 50, (f"{PARTS}.parity",)),
     Part("train", 130, (f"{PARTS}.train",), needed_s=60),
     Part("loader", 70, (f"{PARTS}.loader",), needed_s=40),

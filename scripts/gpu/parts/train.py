@@ -85,24 +85,24 @@ def harness(*arguments: str) -> list[str]:
 
 
 class Run:
-    """One `harness train digits_resnet20` in a folder of its own, where nothing is shared with others."""
+    """One `harness train` in a folder of its own, where nothing is shared with others."""
 
-    def __init__(self, place: Path, sets: Sequence[str], *more: str) -> None:
+    def __init__(self, place: Path, sets: Sequence[str], *more: str, recipe: str = "digits_resnet20") -> None:
         place.mkdir(parents=True, exist_ok=True)
         self.folder = RunDir(place / "run")
         self._log = place / "log.txt"
         options = [word for each in sets for word in ("--set", each)]
-        self._command = harness("train", "digits_resnet20", "--run-dir", str(self.folder.path), *options, *more)
+        self._command = harness("train", recipe, "--run-dir", str(self.folder.path), *options, *more)
         self.process: subprocess.Popen[bytes]
 
-    def start(self) -> None:
-        """Begin, or go on."""
+    def start(self, *, shown: bool = False) -> None:
+        """Begin, or go on; `shown`: its output is that of this program."""
         with self._log.open("ab") as sink:
-            self.process = subprocess.Popen(self._command, stdout=sink, stderr=subprocess.STDOUT)
+            self.process = subprocess.Popen(self._command, stdout=None if shown else sink, stderr=subprocess.STDOUT)
 
-    def wait(self) -> int:
+    def wait(self, limit_s: float | None = WAIT_S) -> int:
         """Its exit status."""
-        return self.process.wait(timeout=WAIT_S)
+        return self.process.wait(timeout=limit_s)
 
     def wait_for(self, stage: str) -> None:
         """Until it has an epoch of that stage behind it; the program ends if it never comes to that."""

@@ -52,5 +52,6 @@ def as_markdown(outcomes: "Sequence[Outcome]", machine: Mapping[str, Any]) -> st
         lines.append(f"| {o.part} | {o.status} | {o.seconds:.0f} | {o.limit_s:.0f} | {reason} |")
     lines += ["", "| figure | measured | must | |", "|---|---|---|---|"]
     for row in (row for outcome in outcomes for row in outcome.rows):
-        lines.append(f"| {row.name} | {figure_text(row)} | {limit_text(row)} | {verdict_text(row)} |")
+        name = row.name.replace("|", "\\|")
+        lines.append(f"| {name} | {figure_text(row)} | {limit_text(row)} | {verdict_text(row)} |")
     return "\n".join(lines) + "\n"

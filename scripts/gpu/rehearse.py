@@ -65,6 +65,20 @@ def copy_tree(folder: Path) -> None:
     shutil.copytree(CARRIED, folder / CARRIED.name)
 
 
+def made_up_cifar(folder: Path) -> list[str]:
+    """Options for the part `cifar`: noise in the form of CIFAR-100, an epoch a stage."""
+    import numpy as np
+
+    random, place = np.random.default_rng(0), folder / "cifar.npz"
+    arrays = {}
+    for split, count in (("train", 256), ("val", 100)):
+        arrays[f"{split}_images"] = random.integers(0, 256, (count, 32, 32, 3)).astype(np.uint8)
+        arrays[f"{split}_labels"] = np.arange(count) % 100
+    np.savez(place, **arrays)
+    sets = [f"--cifar-set={stage}.epochs=1" for stage in ("pretrain", "search", "finetune")]
+    return ["--cifar", str(place), *sets]
+
+
 def main(arguments: list[str]) -> int:
     """The exit status of the rehearsal; 2 when it cannot begin."""
     log = Path(tempfile.gettempdir()) / "sbs-gpu-rehearsal.log"
@@ -77,7 +91,8 @@ def main(arguments: list[str]) -> int:
     out = CARRIED.parent / ".gpu-rehearsal"
     with tempfile.TemporaryDirectory(prefix="sbs-gpu-tree-") as folder:
         copy_tree(Path(folder))
-        command = ["scripts/gpu/run.py", "--rehearsal", "--budget-s", "3600", "--out", str(out), *arguments]
+        command = ["scripts/gpu/run.py", "--rehearsal", "--budget-s", "3600", "--out", str(out)]
+        command += [*made_up_cifar(Path(folder)), *arguments]
         variables = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
         status = subprocess.run([str(python), *command], cwd=folder, env=variables, check=False).returncode
     print(f"results: {out}")

@@ -32,11 +32,11 @@ PARTS = "scripts.gpu.parts"
 
 PLAN = (
     Part("tests", 120, (f"{PARTS}.tests",)),
-    Part("step_resnet18", 80, (f"{PARTS}.steps", "resnet18")),
-    Part("step_resnet50", 110, (f"{PARTS}.steps", "resnet50")),
-    Part("step_mobilenetv2", 100, (f"{PARTS}.steps", "mobilenetv2")),
+    Part("step_resnet18", 100, (f"{PARTS}.steps", "resnet18")),
+    Part("step_resnet50", 140, (f"{PARTS}.steps", "resnet50")),
+    Part("step_mobilenetv2", 130, (f"{PARTS}.steps", "mobilenetv2")),
     Part("kernels", 60, (f"{PARTS}.kernels",), needed_s=50),
-    Part("parity", 50, (f"{PARTS}.parity",)),
+    Part("parity", 60, (f"{PARTS}.parity",)),
     Part("train", 130, (f"{PARTS}.train",), needed_s=60),
     Part("loader", 70, (f"{PARTS}.loader",), needed_s=40),
     Part("ray", 80, (f"{PARTS}.ray_group",), needed_s=40),

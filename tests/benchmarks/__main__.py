@@ -21,12 +21,15 @@ def names() -> list[str]:
 
 def figure_text(row: Row) -> str:
     """The figure with its interval, e.g. `1.21 x (1.18-1.25, n=7)`."""
-    value = row.value
-    text = f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
-    text = f"{text} {row.unit}".strip()
+    text = f"{_short(row.value)} {row.unit}".strip()
     if isinstance(row.figure, Estimate):
-        text += f" ({row.figure.low:.3g}-{row.figure.high:.3g}, n={row.figure.repeats})"
+        text += f" ({_short(row.figure.low)}-{_short(row.figure.high)}, n={row.figure.repeats})"
     return text
+
+
+def _short(value: float) -> str:
+    """Three digits, or all of those before the point."""
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
 
 
 def limit_text(row: Row) -> str:

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 from scripts.bootstrap import ROOT, torch_source
 from scripts.console import SetupError, fail, run, step
@@ -70,7 +71,7 @@ def made_up_cifar(folder: Path) -> list[str]:
     import numpy as np
 
     random, place = np.random.default_rng(0), folder / "cifar.npz"
-    arrays = {}
+    arrays: dict[str, Any] = {}
     for split, count in (("train", 256), ("val", 100)):
         arrays[f"{split}_images"] = random.integers(0, 256, (count, 32, 32, 3)).astype(np.uint8)
         arrays[f"{split}_labels"] = np.arange(count) % 100

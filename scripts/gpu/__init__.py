@@ -1,1 +1,1 @@
-"""Proving the project on a GPU: what a bare machine is given (`prepare`), and what runs there (`run`)."""
+"""Scripts for a machine with a GPU."""

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
+from sbs import gate_statistics
 from sbs.errors import SbsError
 from sbs.graph import NORMS
 from sbs.layers import QuantizedLayer
@@ -55,7 +56,7 @@ def calibrate(net: nn.Module, batches: Iterable[Tensor]) -> None:
         for module, mode in modes.items():
             module.training = mode
     if isinstance(net, SuperNet):
-        net.start_statistics()
+        gate_statistics.start(net)
 
 
 def _images(batches: Iterable[Tensor]) -> list[Tensor]:

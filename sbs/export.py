@@ -103,7 +103,7 @@ def codes_of(layer: QuantizedLayer, bits: int) -> tuple[Tensor, Tensor]:
     given = layer.given_codes()
     if given is not None:
         return given.scale, given.codes.contiguous()
-    (mean,), (std,) = moments([layer.kept_weight()])
+    (mean,), (std,) = moments([layer.weight], [layer.kept])
     scale = layer.weight_clip * std
     codes = encode([layer.weight.contiguous()], [mean], [scale], [scale.new_tensor(float(levels(bits)))])[0]
     return scale, codes

@@ -62,7 +62,7 @@ def available() -> bool:
             convolve(x, torch.full(shape, code, device="cpu"), n, _POINT).item() == 144 * 255 * code
             for code, n in ((127, 127), (-127, 127), (255, 255), (-255, 255))
         )
-    except RuntimeError:  # operators that this build of torch lacks, or that take other arguments
+    except (AttributeError, RuntimeError):  # operators that this build of torch lacks, or that take other arguments
         return False
 
 

@@ -5,8 +5,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from sbs.bops import bops_under
 from sbs.errors import SbsError
-from sbs.gates import effective_bits, selected
+from sbs.gates import selected
 from sbs.supernet import SuperNet, supernet_of
 
 Gates = dict[str, Tensor]
@@ -168,12 +169,5 @@ def _closable(net: SuperNet, is_open: Tensor) -> list[int]:
 
 
 def _bops(net: SuperNet, gates: Gates) -> float:
-    macs = net.macs(gates["channel_gates"].to(net.macs.constant.device)).cpu()
-    total = macs
-    for side in ("weight", "activation"):
-        bits: tuple[int, ...] = getattr(net.space, f"{side}_bits")
-        # a gate behind a closed one does not count, whether it is open or not
-        searched = effective_bits(gates[f"{side}_gates"], bits)
-        padded = torch.cat([searched, searched.new_full((1,), float(net.space.first_last_bits))])
-        total = total * padded[net.macs.searched_index.cpu()]
-    return float(total.sum())
+    device = net.macs.constant.device
+    return float(bops_under(net, [gates[name].to(device) for name in _BANKS]))

@@ -71,13 +71,15 @@ class QuantizedLayer(nn.Module):
     _given_codes: Tensor | None
     _given_scale: Tensor | None
 
+    kept: Tensor | None
+    """Ones where the weight's entries are kept, zeros where channel gates are closed; None where all are."""
+
     def setup(self, settings: QuantSettings) -> None:
         """Give a float layer its clips and its (empty) bookkeeping."""
         self.check_type()
         self.settings = settings
         self.context: LayerContext | None = None
-        self.kept_out: Tensor | None = None
-        self.kept_in: Tensor | None = None
+        self.kept: Tensor | None = None
         self.pending_activation: tuple[Tensor, Tensor] | None = None
         self.observed: list[Tensor] | None = None
         like = self.weight.detach()
@@ -149,14 +151,25 @@ class QuantizedLayer(nn.Module):
             return None
         return WeightCodes(self._zero, self._given_scale, self._given_codes)
 
+    def keep(self, mask: Tensor | None) -> bool:
+        """Take a mask, in place where there is one already: a captured step reads it where it lies.
+
+        False if it is known to be the one that was there.
+        """
+        if mask is not None and mask.device.type == "cpu":
+            mask = None if bool(mask.all()) else mask  # there looking costs nothing, and multiplying by ones does
+            if mask is None and self.kept is None or mask is not None and self.kept is not None and mask.equal(self.kept):
+                return False
+        if mask is None or self.kept is None or self.kept.device != mask.device:
+            self.kept = mask
+        else:
+            self.kept.copy_(mask)
+        return True
+
     def kept_weight(self) -> Tensor:
-        """The weight's kept rows and columns: what the compressed layer will hold."""
+        """The weight's kept entries, flat: those that the compressed layer will hold. Looks at the mask."""
         w: Tensor = self.weight
-        if self.kept_out is not None:
-            w = w.index_select(0, self.kept_out.to(w.device))
-        if self.kept_in is not None:
-            w = w.index_select(1, self.kept_in.to(w.device))
-        return w
+        return w.flatten() if self.kept is None else w[self.kept.expand_as(w) > 0]
 
     def _weight_side(self) -> tuple[Side, Tensor]:
         """The weight's side and its scale v_w * std, statistics detached and over the kept weights alone."""
@@ -164,7 +177,7 @@ class QuantizedLayer(nn.Module):
         selected = self._weight_levels if c.weight_levels is None else c.weight_levels
         quantized = c.weight or self.given_codes()
         if quantized is None:
-            (mean,), (std,) = moments([self.kept_weight()])
+            (mean,), (std,) = moments([self.weight], [self.kept])
             scale = self.weight_clip * std
             quantized = WeightCodes(mean, scale, encode([self.weight], [mean], [scale], [selected])[0])
         form = Form(True, GateMode.NONE, tuple(levels(b) for b in self.settings.weight_bits))

@@ -42,7 +42,7 @@ def memory_view(x: Tensor, channels: bool, *, sums: bool = False) -> Tensor:
 def _rows_per_sum(x: Tensor) -> int:
     """Rows (pixels) of a channels_last tensor that a CPU's loop adds up before it goes on to other rows."""
     if x.device.type != "cpu":
-        return 1  # there the compiler finds its own order
+        return 1  # kernels elsewhere cut tiles of their own
     outer, rows = x.shape[0], x.numel() // x.shape[1]
     while outer > 2 and outer % 2 == 0 and rows // outer < _ROWS:
         outer //= 2

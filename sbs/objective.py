@@ -3,69 +3,62 @@
 L = CE(y, f(x)) + lambda * log(BOPs(gates)) (SBS, section 3.4; natural logarithm, convention mac_product).
 """
 
+from functools import partial
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
+from sbs import decide
+from sbs.bops import bops_under
 from sbs.errors import SbsError
 from sbs.gates import GateBank, effective_bits
 from sbs.layers import QuantizedLayer, clamp_clips
 from sbs.supernet import SuperNet, supernet_of
 
 Gradient = Literal["joint", "weights", "activations"]
+DEFAULT_STEPS = 1000
+"""Steps of a search that nobody has told how many it has."""
 GRADIENTS = ("joint", "weights", "activations")
 
 
 def bop_penalty(net: SuperNet, gradient: Gradient = "joint") -> Tensor:
-    """log(BOPs) of the super-network's gates, a scalar differentiable in the thresholds.
+    """log(BOPs) of the super-network's gates, a scalar to add to the loss with a factor lambda.
 
-    gradient: which bit gates get a gradient, "weights", "activations" or both; the paper's code alternates between the
-    two from step to step. Channel gates always get theirs.
+    What comes back to it in the backward pass is lambda, which `after_step` weighs against what the loss says of every
+    gate. gradient: which bit gates feel it, "weights", "activations" or both; the paper's code alternates between the
+    two from step to step. Channel gates always feel it.
     """
     net = supernet_of(net, "bop_penalty")
     if gradient not in GRADIENTS:
         raise SbsError(f"gradient={gradient!r} is unknown; use one of {', '.join(GRADIENTS)}")
-    weight = _bits(net, "weight", gradient in ("joint", "weights"))
-    activation = _bits(net, "activation", gradient in ("joint", "activations"))
-    macs = net.macs(net.channel_gates.gates())
-    return (macs * weight * activation).sum().log().to(weight.dtype)
+    with torch.no_grad():
+        value = bops_under(net, [bank.decided() for bank in net.banks()]).log()
+    if torch.is_grad_enabled():
+        value.requires_grad_().register_hook(partial(_press, net, GRADIENTS.index(gradient)))
+    return value.to(net.channel_gates.open.dtype)
 
 
-def _bits(net: SuperNet, side: str, differentiable: bool) -> Tensor:
-    """Bits of every layer (layers,), the first and last included."""
-    bank: GateBank = getattr(net, f"{side}_gates")
-    bits: tuple[int, ...] = getattr(net.space, f"{side}_bits")
-    if bank.thresholds.shape[1]:
-        gates = bank.gates() if differentiable else bank.decided()
-        searched = effective_bits(gates, bits)
-    else:
-        searched = bank.open.new_full((len(net.searched),), float(bits[0]))
-    padded = torch.cat([searched, searched.new_full((1,), float(net.space.first_last_bits))])
-    return padded[net.macs.searched_index]
+def _press(net: SuperNet, gradient: int, pressure: Tensor) -> None:
+    net.press(pressure.detach(), gradient)
 
 
 def param_groups(net: nn.Module) -> dict[str, list[nn.Parameter]]:
     """Trainable parameters of any network by what an optimiser should do with them.
 
-    "decay": convolution and linear weights; "no_decay": biases and norms; "clips"; "bit_thresholds";
-    "prune_thresholds". Every key is present, with [] where the network has none.
+    "decay": convolution and linear weights; "no_decay": biases and norms; "clips". Every key is present, with [] where
+    the network has none. Thresholds are moved by `after_step`.
     """
     groups: dict[str, list[nn.Parameter]] = {
         "decay": [],
         "no_decay": [],
         "clips": [],
-        "bit_thresholds": [],
-        "prune_thresholds": [],
     }
-    channel_banks = [m.channel_gates for m in net.modules() if isinstance(m, SuperNet)]
     for module in net.modules():
         for name, parameter in module.named_parameters(recurse=False):
             if not parameter.requires_grad or parameter.numel() == 0:
                 continue
-            if isinstance(module, GateBank):
-                key = "prune_thresholds" if any(module is bank for bank in channel_banks) else "bit_thresholds"
-            elif isinstance(module, QuantizedLayer) and name.endswith("_clip"):
+            if isinstance(module, QuantizedLayer) and name.endswith("_clip"):
                 key = "clips"
             elif isinstance(module, nn.Conv2d | nn.Linear) and name == "weight":
                 key = "decay"
@@ -75,15 +68,17 @@ def param_groups(net: nn.Module) -> dict[str, list[nn.Parameter]]:
     return groups
 
 
-def after_step(net: nn.Module) -> None:
+def after_step(net: nn.Module, steps: int = DEFAULT_STEPS) -> None:
     """Call after every optimizer.step(): clamps, and in a super-network the statistics and the gates.
+
+    steps: how many the whole search has; gates move at a pace that brings them to rest in that time.
 
     The network may be wrapped (DDP, torch.compile). In a super-network every rank must call it: it does one small
     all-reduce where torch.distributed is initialised.
     """
     supernets = [m for m in net.modules() if isinstance(m, SuperNet)]
     for supernet in supernets:
-        supernet.after_step()
+        decide.step(supernet, steps)
     if not supernets:
         clamp_clips(net)
 
@@ -121,9 +116,9 @@ def telemetry(net: SuperNet) -> dict[str, float]:
         bank: GateBank = getattr(net, f"{side}_gates")
         if bank.thresholds.numel() == 0:
             continue
-        flips += int(bank.flips)
+        flips += int(bank.flips.sum())
         result[f"gates/margin_{side}"] = float(bank.margin().abs().min())
-        result[f"gates/threshold_{side}"] = float(bank.thresholds.detach().mean())
+        result[f"gates/threshold_{side}"] = float(bank.thresholds.mean())
         if side == "channel":
             result["gates/open_channel"] = float(bank.decided().mean())
             continue

@@ -83,16 +83,19 @@ class Side:
 
         sums: whether the kernel is one that sums per channel.
         """
-        # the kernels are compiled for what they read: requires_grad and the offsets of slices would multiply the graphs
         x, scale = x.detach(), scale.detach()
         if gate is None or self.form.mode is GateMode.NONE:
             return Operand(memory_view(x, False), None, self.shift, scale, self.levels), self._ungated()
-        return Operand(
-            memory_view(x, True, sums=sums), gate.detach().clone().view(1, -1, 1), self.shift, scale, self.levels
-        ), self.form
+        flat = memory_view(x, True, sums=sums)
+        return Operand(flat, _own(gate).view(1, -1, 1), self.shift, scale, self.levels), self.form
 
     def _ungated(self) -> Form:
         return self.form._replace(mode=GateMode.NONE)
+
+
+def _own(gates: Tensor) -> Tensor:
+    """Gates as the kernels want them: libraries for the CPU read no slices of other tensors."""
+    return gates.detach().clone() if gates.device.type == "cpu" else gates.detach().contiguous()
 
 
 def _compute_dtype(x: Tensor, sides: list[Side | None]) -> torch.dtype:
@@ -275,7 +278,7 @@ def _backward(grad: Tensor, grad_scale: Tensor, given: _Input, *, with_codes: bo
     gate = None if side.form.mode is GateMode.STATISTICS else given.channel_gate
     operand, form = side.operand(x, given.scale, gate, sums=True)
     flat = memory_view(like(grad, x), operand.gate is not None, sums=True)
-    arguments = (operand, form, flat, grad_scale, given.bit_gates.detach().clone())
+    arguments = (operand, form, flat, grad_scale, _own(given.bit_gates))
     codes = x
     if with_codes:
         (dx, dscale, dgates, dgate), codes = compiled.backward_with_codes(*arguments)

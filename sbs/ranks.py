@@ -22,18 +22,21 @@ def average(tensors: list[Tensor]) -> None:
         t.copy_(part / dist.get_world_size())
 
 
-def agree(sums: Tensor, banks: Iterable[GateBank]) -> None:
-    """Add `sums` up over the ranks and give every rank the first one's statistics, thresholds and gates, in place.
+def agree(sums: list[Tensor], means: list[Tensor], banks: Iterable[GateBank]) -> None:
+    """Over the ranks add up `sums`, average `means`, and give every rank the first one's gates, in place.
 
-    Ranks with equal weights compute equal statistics, unless their hardware differs; a last bit that differs at a
-    threshold would leave them with different networks.
+    Ranks with equal weights compute equal statistics and thresholds, unless their hardware differs; a last bit that
+    differs at a threshold would leave them with different networks.
     """
-    own = [t for bank in banks for t in (bank.statistic, bank.thresholds.detach(), bank.open) if t.numel()]
+    own = [t for bank in banks for t in bank.shared() if t.numel()]
     if not own or not _initialised():
         return
     given = own if dist.get_rank() == 0 else [torch.zeros_like(t) for t in own]
-    for t, part in zip([sums, *own], _summed([sums, *given]), strict=True):
+    total = _summed([*sums, *means, *given])
+    for t, part in zip([*sums, *means, *own], total, strict=True):
         t.copy_(part)
+    for t in means:
+        t /= dist.get_world_size()
 
 
 def _summed(tensors: list[Tensor]) -> list[Tensor]:

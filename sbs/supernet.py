@@ -11,20 +11,19 @@ from torch import Tensor, nn
 
 from sbs.absorb import absorb, absorbable
 from sbs.errors import SbsError
-from sbs.gates import HYSTERESIS, MOMENTUM, GateBank, decide, selected
+from sbs.gates import GateBank, selected
 from sbs.graph import NetworkGraph, analyze
 from sbs.kernels import GateMode
-from sbs.layers import LayerContext, QuantizedLayer, check_own_weights, clamp_clips, from_float
+from sbs.layers import LayerContext, QuantizedLayer, check_own_weights, from_float
 from sbs.mac_table import MacTable
 from sbs.modules import first_parameter, put, unwrapped
-from sbs.ranks import agree
 from sbs.settings import settings_of
 from sbs.space import FULL_PRECISION_BITS, SearchSpace, describe, levels
 from sbs.tracing import check_calls, check_unhooked
-from sbs.weights import Snapshot, WeightCodes, encode, moments, statistics
+from sbs.weights import Snapshot, WeightCodes, encode, moments
 
-# r is at most half a coarse step: r**2 / (s**2 / 12) <= 3; beyond the band, or a gate at that value could never close
-MAX_BIT_THRESHOLD = 3.0 + 2 * HYSTERESIS
+GATES = ("weight", "activation", "channel")
+"""What gates decide on, in the order of `SuperNet.banks()`."""
 
 
 class SuperNet(nn.Module):
@@ -45,15 +44,19 @@ class SuperNet(nn.Module):
         self.searched = tuple(info.name for info in graph.layers if not info.edge)
         device = first_parameter(model).device
         rows = len(self.searched)
-        self.weight_gates = GateBank(rows, len(space.weight_bits) - 1, maximum=MAX_BIT_THRESHOLD).to(device)
-        self.activation_gates = GateBank(rows, len(space.activation_bits) - 1, maximum=MAX_BIT_THRESHOLD).to(device)
+        self.weight_gates = GateBank(rows, len(space.weight_bits) - 1).to(device)
+        self.activation_gates = GateBank(rows, len(space.activation_bits) - 1).to(device)
         self.group_slices = _slices(graph, space) if space.prune else ()
         total = self.group_slices[-1][1] if self.group_slices else 0
-        self.channel_gates = GateBank(total, maximum=math.inf).to(device)
+        self.channel_gates = GateBank(total).to(device)
+        # share of the search that is over, and dL/d(log BOPs) of the step by what it presses upon, see `GATES`
+        self.register_buffer("progress", torch.zeros((), dtype=torch.float64, device=device))
+        felt = [[1, 1, 1], [1, 0, 1], [0, 1, 1]]
+        self.register_buffer("_felt", torch.tensor(felt, dtype=torch.float64, device=device), persistent=False)
+        self.register_buffer("pressure", torch.zeros(len(GATES), dtype=torch.float64, device=device), persistent=False)
         self._index_channels(device)
-        self.macs = MacTable(graph, self._group_sizes, self.group_slices).to(device)
+        self.macs = MacTable(graph, self.group_sizes, self.group_slices).to(device)
         self._rows = {name: i for i, name in enumerate(self.searched)}
-        self._kept_for: tuple[torch.device, Tensor] | None = None
         self._kept_version: tuple[int, int] | None = None
         self._left_moments: tuple[Snapshot, tuple[list[Tensor], list[Tensor]]] | None = None
         self._is_started = False
@@ -99,15 +102,20 @@ class SuperNet(nn.Module):
             sizes.append(channels.bincount())
             layer_index.append(torch.full((stop - start,), i))
         empty = torch.zeros(0, dtype=torch.int64)
-        for name, parts in (("_channel_index", channel_index), ("_group_sizes", sizes), ("_layer_index", layer_index)):
+        for name, parts in (("channel_index", channel_index), ("group_sizes", sizes), ("layer_index", layer_index)):
             self.register_buffer(name, torch.cat([empty, *parts]).to(device), persistent=False)
+        # by gate: the first gate of its layer, and the fewest of that layer that stay open
+        first = [torch.full((stop - start,), start) for start, stop in self.group_slices]
+        least = [torch.full_like(f, len(f) - int(self.space.max_prune_share * len(f))) for f in first]
+        self.register_buffer("first_gate", torch.cat([empty, *first]).to(device), persistent=False)
+        self.register_buffer("least_open", torch.cat([empty, *least]).to(device), persistent=False)
         # channels of every gate, short groups filled up with the index behind the last channel
-        index = self._channel_index.cpu()
-        members = torch.full((len(self._group_sizes), self.space.group_size), len(index))
+        index = self.channel_index.cpu()
+        members = torch.full((len(self.group_sizes), self.space.group_size), len(index))
         for gate in range(len(members)):
             own = (index == gate).nonzero().squeeze(1)
             members[gate, : len(own)] = own
-        self.register_buffer("_group_members", members.to(device), persistent=False)
+        self.register_buffer("group_members", members.to(device), persistent=False)
 
     def layers(self) -> Iterator[tuple[str, QuantizedLayer]]:
         """Name and module of every quantised layer, in order of execution."""
@@ -161,7 +169,7 @@ class SuperNet(nn.Module):
 
     def channel_gates_of(self, gates: Tensor) -> list[Tensor]:
         """Gate per channel of every ChannelGroup from the vector of all group gates."""
-        return list(gates[self._channel_index.to(gates.device)].split([g.channels for g in self.graph.groups]))
+        return list(gates[self.channel_index.to(gates.device)].split([g.channels for g in self.graph.groups]))
 
     def _set_contexts(self) -> None:
         self.refresh_kept()
@@ -192,7 +200,7 @@ class SuperNet(nn.Module):
 
     def _weight_codes(self) -> dict[str, WeightCodes]:
         """Codes of every searched layer's weight at its selected bit-width, all layers together."""
-        layers = self._searched_layers()
+        layers = self.searched_layers()
         if not layers or self.space.weight_bits == (FULL_PRECISION_BITS,):
             return {}
         means, stds = self._moments(layers)
@@ -206,147 +214,70 @@ class SuperNet(nn.Module):
         left, self._left_moments = self._left_moments, None
         if left and self.training and left[0].holds([layer.weight for layer in layers]):
             return left[1]
-        return moments([layer.kept_weight() for layer in layers])
+        return moments([layer.weight for layer in layers], [layer.kept for layer in layers])
 
-    # -- after each optimiser step
+    # -- what steps of the search change
 
-    _channel_index: Tensor
-    _group_sizes: Tensor
-    _group_members: Tensor
-    _layer_index: Tensor
+    channel_index: Tensor
+    group_sizes: Tensor
+    group_members: Tensor
+    layer_index: Tensor
+    first_gate: Tensor
+    least_open: Tensor
     _weight_steps: Tensor
+    progress: Tensor
+    pressure: Tensor
+    _felt: Tensor
 
-    @torch.no_grad()
-    def after_step(self) -> None:
-        """Clamp clips and thresholds, bring the gate statistics up to date on all ranks, decide the gates.
+    def banks(self) -> tuple[GateBank, GateBank, GateBank]:
+        """Gates of the weights' bits, of the activations' bits, and of the channel groups."""
+        return self.weight_gates, self.activation_gates, self.channel_gates
 
-        One all-reduce of a few numbers per gate where torch.distributed is initialised.
-        """
-        self._give_contexts([None] * len(self.graph.layers))
-        clamp_clips(self.model)
-        for bank in (self.weight_gates, self.activation_gates, self.channel_gates):
-            bank.clamp()
-        self._update_statistics(MOMENTUM)
-        for bank in (self.weight_gates, self.activation_gates):
-            bank.commit(decide(bank.margin(), bank.decided()))
-        self._decide_channels()
-
-    @torch.no_grad()
-    def start_statistics(self) -> None:
-        """Take the gate statistics from what calibration collected, in place of the running means; no gate moves."""
-        self._update_statistics(momentum=1.0)
-        self.refresh_kept()
-        self._is_started = True
-
-    def _update_statistics(self, momentum: float) -> None:
-        """Statistics of this step's weights and batches, the same on all ranks."""
-        collected = self._collected()
-        self._update_weight_statistics()
-        self._update_channel_statistics()
-        agree(collected, (self.weight_gates, self.activation_gates, self.channel_gates))
-        self._update_activation_statistics(collected, momentum)
-
-    def _searched_layers(self) -> list[QuantizedLayer]:
+    def searched_layers(self) -> list[QuantizedLayer]:
+        """The layers whose bits are searched, in the order of the rows of the bit gates."""
         return [layer for name, layer in self.layers() if name in self._rows]
 
-    def _collected(self) -> Tensor:
-        """Residual sums and counts of this rank's batches, (searched layers, bit-widths), float64; then forgotten."""
-        bank, layers = self.activation_gates, self._searched_layers()
-        pending = [layer.pending_activation for layer in layers]
-        for layer in layers:
-            layer.pending_activation = None
-        # every rank takes part in the all-reduce, also one that saw no batch
-        empty = bank.statistic.new_zeros(bank.statistic.shape[1])
-        if bank.thresholds.numel() == 0:
-            return empty.double()
-        sums = torch.stack([empty if p is None else p[0].to(empty) for p in pending])
-        counts = torch.stack([empty.new_zeros(()) if p is None else p[1].to(empty) for p in pending])
-        return torch.cat([sums, counts.unsqueeze(1)], dim=1).double()
+    def forget_contexts(self) -> None:
+        """End the step: a layer has no gates until the next forward pass."""
+        self._give_contexts([None] * len(self.graph.layers))
+
+    def mark_started(self) -> None:
+        """Note that clips and statistics are no longer made up."""
+        self._is_started = True
 
     @torch.no_grad()
-    def _update_activation_statistics(self, table: Tensor, momentum: float) -> None:
-        bank = self.activation_gates
-        if bank.thresholds.numel() == 0:
-            return
-        fresh = (table[:, :-1] / table[:, -1:].clamp_min(1)).to(bank.statistic.dtype)
-        # a batch that overflowed says nothing; let in, it would stay in the running mean for ever
-        seen = (table[:, -1:] > 0) & fresh.isfinite().all(dim=1, keepdim=True)
-        bank.statistic.copy_(torch.where(seen, torch.lerp(bank.statistic, fresh, momentum), bank.statistic))
+    def press(self, pressure: Tensor, gradient: int) -> None:
+        """Take note of dL/d(log BOPs), for the gates that feel it; gradient: its place in `objective.GRADIENTS`."""
+        self.pressure += pressure * self._felt[gradient]
 
     @torch.no_grad()
-    def _update_weight_statistics(self) -> None:
-        if self.weight_gates.thresholds.numel() == 0:
-            return
-        layers = self._searched_layers()
-        kept = [layer.kept_weight() for layer in layers]
-        means, stds = moments(kept)
-        if not torch.is_inference_mode_enabled():  # whose tensors no later step can use
-            self._left_moments = Snapshot.of([layer.weight for layer in layers]), (means, stds)
-        scales = [layer.weight_clip * std for layer, std in zip(layers, stds, strict=True)]
-        grid = tuple(levels(b) for b in self.space.weight_bits)
-        self.weight_gates.statistic.copy_(statistics(kept, means, scales, grid))
+    def forget_pulls(self) -> None:
+        """Drop what backward passes have said of the gates."""
+        for bank in self.banks():
+            bank.pull.zero_()
+        self.pressure.zero_()
 
-    @torch.no_grad()
-    def _update_channel_statistics(self) -> None:
-        if not self.group_slices:
-            return
-        roots = [self.model.get_parameter(f"{group.root}.weight") for group in self.graph.groups]
-        # over all dimensions at once: to flatten weights in channels_last would copy them
-        per_channel = torch.cat([w.detach().abs().mean(dim=tuple(range(1, w.dim()))) for w in roots])
-        bank = self.channel_gates
-        # a gather and a sum, not index_add_: that one's order, and so its last bit, is left open on a GPU
-        padded = torch.cat([per_channel, per_channel.new_zeros(1)]).to(bank.statistic.dtype)
-        groups = padded[self._group_members].sum(dim=1) / self._group_sizes
-        layer_means = torch.stack([groups[start:stop].mean() for start, stop in self.group_slices])
-        bank.statistic.copy_(groups / layer_means[self._layer_index].clamp_min(torch.finfo(groups.dtype).tiny))
-
-    @torch.no_grad()
-    def _decide_channels(self) -> None:
-        """Decide the channel gates; where more than max_prune_share would close, the ones nearest to opening stay open.
-
-        Thresholds end between 0 and just above the layer's largest statistic. One transfer to the host and back.
-        """
-        bank = self.channel_gates
-        if not self.group_slices:
-            return
-        statistic, thresholds, is_open = torch.stack([bank.statistic, bank.thresholds, bank.decided()]).cpu()
-        for start, stop in self.group_slices:
-            part = slice(start, stop)
-            # beyond the band, or the group with the largest statistic could never close
-            thresholds[part].clamp_(max=float(statistic[part].max()) + 2 * HYSTERESIS)
-            margin = statistic[part] - thresholds[part]
-            wanted = decide(margin, is_open[part])
-            closed = (wanted == 0).nonzero().squeeze(1)
-            excess = len(closed) - int(self.space.max_prune_share * (stop - start))
-            if excess > 0:
-                reopened = closed[margin[closed].topk(excess).indices]
-                wanted[reopened] = 1.0
-                thresholds[part][reopened] = torch.minimum(thresholds[part][reopened], statistic[part][reopened])
-            is_open[part] = wanted
-        bank.thresholds.copy_(thresholds)
-        bank.commit(is_open.to(bank.open.device))
-        self.refresh_kept()
+    def leave_moments(self, means: list[Tensor], stds: list[Tensor]) -> None:
+        """Leave the moments of the searched layers' weights for the next training pass, if the weights stay."""
+        # on a GPU asking whether they did would wait for it; tensors of inference mode no later step can use
+        if self.progress.device.type == "cpu" and not torch.is_inference_mode_enabled():
+            self._left_moments = Snapshot.of([layer.weight for layer in self.searched_layers()]), (means, stds)
 
     def refresh_kept(self) -> None:
-        """Tell the layers which rows and columns are kept, if the open channel gates changed since the last time."""
+        """Tell the layers what channel gates leave of their weights, if those were written since the last time."""
         gates_open = self.channel_gates.open
         # whoever writes the buffer (a state dict, an averaged model, a broadcast) raises its version
         version = (gates_open._version, gates_open.data_ptr())  # noqa: SLF001
-        # writing through `.data` does not; in training that would cost a transfer to the host in every step
+        # writing through `.data` does not; in evaluation there is time to look
         if not self.group_slices or (self.training and version == self._kept_version):
             return
-        self._kept_version = version
-        device, is_open = gates_open.device, self.channel_gates.decided().cpu()
-        if self._kept_for is not None and self._kept_for[0] == device and torch.equal(self._kept_for[1], is_open):
-            return
-        self._kept_for, self._left_moments = (device, is_open), None
-        kept = [_kept_channels(gate) for gate in self.channel_gates_of(is_open)]
-        for info, rows, columns in self.graph.kept(kept):
+        self._kept_version, changed = version, False
+        for info, mask in self.graph.masks(self.channel_gates_of(self.channel_gates.decided())):
             layer = self.model.get_submodule(info.name)
             assert isinstance(layer, QuantizedLayer)
-            layer.kept_out = None if rows is None else rows.to(device)
-            layer.kept_in = None if columns is None else columns.to(device)
-
+            changed |= layer.keep(mask)
+        if changed:
+            self._left_moments = None
 
 def _refresh_after_load(net: SuperNet, _: object) -> None:
     net._is_started = True  # noqa: SLF001
@@ -388,8 +319,3 @@ def _slices(graph: NetworkGraph, space: SearchSpace) -> tuple[tuple[int, int], .
         result.append((ends, ends + count))
         ends += count
     return tuple(result)
-
-
-def _kept_channels(gate: Tensor) -> Tensor | None:
-    """Indices of the open channels, or None if all are."""
-    return None if bool((gate > 0).all()) else gate.nonzero().squeeze(1)

@@ -4,7 +4,6 @@ Weights are small tensors, and a network has many: per-layer calls would cost mo
 through the compiled kernels one by one; the results are the same to the bit.
 """
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -60,29 +59,47 @@ def _samples(weights: Sequence[Tensor]) -> Tensor:
     return torch.cat([w[:: max(1, len(w) // _SAMPLES)] for w in flat])
 
 
-def moments(kept: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+def moments(weights: Sequence[Tensor], masks: Sequence[Tensor | None] = ()) -> tuple[list[Tensor], list[Tensor]]:
     """Mean and standard deviation (population) of every tensor, 0-dim each, detached.
 
+    masks: ones where an entry counts, zeros where not, broadcast to the weight; None (and none given) for all of it.
     Summed in float64, so that the order in memory, which pruning and memory formats change, does not show in the
     result: the super-network and the compressed network standardise with the same bits.
     """
+    masks = masks or [None] * len(weights)
     with torch.no_grad():
         found: dict[int, tuple[Tensor, Tensor]] = {}
         # the large ones alone, so that the three passes find them in the cache
-        batches = [[i] for i, w in enumerate(kept) if w.numel() >= _LARGE]
-        batches.append([i for i, w in enumerate(kept) if w.numel() < _LARGE])
-        for batch in batches:
-            wide = [kept[i].detach().to(torch.float64, copy=True) for i in batch]
-            centres = [w.mean() for w in wide]
-            if wide:
-                torch._foreach_sub_(wide, centres)
-                found.update(zip(batch, zip(centres, torch._foreach_norm(wide), strict=True), strict=True))
-        means, norms = (list(column) for column in zip(*(found[i] for i in range(len(kept))), strict=True))
-        stds = torch._foreach_mul(norms, [1 / math.sqrt(w.numel()) for w in kept])
+        batches = [[i] for i, w in enumerate(weights) if w.numel() >= _LARGE]
+        batches.append([i for i, w in enumerate(weights) if w.numel() < _LARGE])
+        for batch in filter(None, batches):
+            wide = [weights[i].detach().to(torch.float64, copy=True) for i in batch]
+            counts = [_count(weights[i], masks[i]) for i in batch]
+            _mask(wide, [masks[i] for i in batch])
+            centres = torch._foreach_div([w.sum() for w in wide], counts)
+            torch._foreach_sub_(wide, centres)
+            _mask(wide, [masks[i] for i in batch])
+            deviations = torch._foreach_div(torch._foreach_norm(wide), torch._foreach_sqrt(counts))
+            found.update(zip(batch, zip(centres, deviations, strict=True), strict=True))
+        means, stds = (list(column) for column in zip(*(found[i] for i in range(len(weights))), strict=True))
         torch._foreach_clamp_min_(stds, _MIN_STD)
-        types = [w.dtype for w in kept]
+        types = [w.dtype for w in weights]
         narrow = [[value.to(t) for value, t in zip(values, types, strict=True)] for values in (means, stds)]
     return narrow[0], narrow[1]
+
+
+def _count(w: Tensor, mask: Tensor | None) -> Tensor:
+    """How many entries of a weight count, 0-dim, float64."""
+    if mask is None:
+        return torch.full((), float(w.numel()), dtype=torch.float64, device=w.device)
+    return mask.sum(dtype=torch.float64) * (w.numel() // mask.numel())
+
+
+def _mask(tensors: Sequence[Tensor], masks: Sequence[Tensor | None]) -> None:
+    """Set to zero, in place, what does not count."""
+    for tensor, mask in zip(tensors, masks, strict=True):
+        if mask is not None:
+            tensor.mul_(mask)
 
 
 def encode(
@@ -113,28 +130,35 @@ def encode(
 
 
 def statistics(
-    kept: Sequence[Tensor], shifts: Sequence[Tensor], scales: Sequence[Tensor], grid: tuple[int, ...]
+    weights: Sequence[Tensor],
+    shifts: Sequence[Tensor],
+    scales: Sequence[Tensor],
+    grid: tuple[int, ...],
+    masks: Sequence[Tensor | None] = (),
 ) -> Tensor:
-    """mean(r**2) / (s**2 / 12) of every kept weight for every step of `grid` but the last: (layers, K - 1)."""
+    """mean(r**2) / (s**2 / 12) of what counts of every weight for every step of `grid` but the last: (layers, K - 1)."""
+    masks = masks or [None] * len(weights)
     with torch.no_grad():
-        small = [i for i, w in enumerate(kept) if w.numel() < _LARGE]
+        alone = [w.numel() >= _LARGE and m is None for w, m in zip(weights, masks, strict=True)]
         rows: dict[int, Tensor] = {}
-        for i, w in enumerate(kept):
-            if w.numel() >= _LARGE:
+        for i, w in enumerate(weights):
+            if alone[i]:
                 operand = Operand(memory_view(dense(w.detach()), False), None, shifts[i], scales[i].detach(), shifts[i])
                 sums: Tensor = compiled.residual_sums(operand, Form(True, GateMode.NONE, grid))
                 rows[i] = sums / w.numel()
-        if small:
-            z = _normalized([kept[i] for i in small], [shifts[i] for i in small], [scales[i] for i in small])
+        rest = [i for i in range(len(weights)) if not alone[i]]
+        if rest:
+            z = _normalized([weights[i] for i in rest], [shifts[i] for i in rest], [scales[i] for i in rest])
+            counts = [_count(weights[i], masks[i]).to(z[0].dtype) for i in rest]
             columns = []
             for n in grid[:-1]:
                 scaled = torch._foreach_mul(z, n)
                 torch._foreach_sub_(scaled, torch._foreach_round(scaled))
+                _mask(scaled, [masks[i] for i in rest])
                 norms = torch.stack(list(torch._foreach_norm(scaled)))
-                count = norms.new_tensor([float(kept[i].numel()) for i in small])
-                columns.append(12 * norms.square() / count)
-            rows.update(zip(small, torch.stack(columns, dim=1).unbind(0), strict=True))
-        return torch.stack([rows[i] for i in range(len(kept))])
+                columns.append(12 * norms.square() / torch.stack(counts))
+            rows.update(zip(rest, torch.stack(columns, dim=1).unbind(0), strict=True))
+        return torch.stack([rows[i] for i in range(len(weights))])
 
 
 def _normalized(weights: list[Tensor], shifts: list[Tensor], scales: list[Tensor]) -> list[Tensor]:

@@ -6,7 +6,6 @@ Every check takes its device and runs on the CPU, too, where it says little abou
 from __future__ import annotations
 
 import itertools
-import math
 from collections.abc import Iterator
 
 import pytest
@@ -16,8 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import sbs
-from sbs import compiled, kernels
-from sbs.kernels import Form, GateMode, Operand
+from sbs import compiled
 from tests.numerics import networks, states
 
 SIZE, BATCH = 8, 6
@@ -216,45 +214,6 @@ def test_a_step_in_a_process_group_of_the_device_is_the_same_step(device, tmp_pa
         torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-8, msg=lambda m, n=name: f"{n}: {m}")
 
 
-FORMS = [Form(signed, mode, (3, 15, 255)) for signed in (False, True) for mode in GateMode]
-FORMS += [Form(False, mode, (3, 15, 255), limit) for mode in GateMode for limit in (math.inf, 6.0)]
-
-
-def _operand(form: Form, device: str, dtype: torch.dtype) -> Operand:
-    generator = torch.Generator().manual_seed(1)
-    x = torch.randn(4, 16, 256, generator=generator, dtype=torch.float64).to(device, dtype)
-    wide = torch.float64 if dtype is torch.float64 else torch.float32
-    gate = (torch.rand(1, 16, 1, generator=generator) < 0.7).to(device, wide)
-    shift, scale = torch.tensor([0.01, 1.7], device=device, dtype=wide).unbind(0)
-    levels = torch.tensor(15.0, device=device, dtype=wide)
-    none = form.mode is GateMode.NONE
-    return Operand(x.view(-1) if none else x, None if none else gate, shift.clone(), scale.clone(), levels)
-
-
-def compare_compiled_kernels(device: str, dtype: torch.dtype) -> None:
-    """Codes to the bit, sums and gradients within the rounding of their order."""
-    close = {"rtol": 1e-4, "atol": 1e-3}
-    for form in FORMS:
-        operand = _operand(form, device, dtype)
-        grad = torch.randn(operand.x.shape, generator=torch.Generator().manual_seed(2)).to(device, dtype)
-        scale, gates = torch.tensor(0.01, device=device), torch.tensor([1.0, 0.0], device=device)
-        for function, made, args in (
-            (kernels.encode, compiled.encode, (torch.float32,)),
-            (kernels.encode_with_sums, compiled.encode_with_sums, (torch.float32,)),
-            (kernels.backward_with_codes, compiled.backward_with_codes, (grad, scale, gates)),
-        ):
-            want = torch.utils._pytree.tree_leaves(function(operand, form, *args))
-            got = torch.utils._pytree.tree_leaves(made(operand, form, *args))
-            for a, b in zip(got, want, strict=True):
-                if b is None:
-                    assert a is None
-                    continue
-                torch.testing.assert_close(a, b, **close, msg=lambda m, f=form: f"{f}: {m}")
-            if function is kernels.encode:
-                assert torch.equal(got[0], want[0]), form
-    assert sbs.use_compiled(True), "compilation has given up on the way"
-
-
 def compare_compiled_step(device: str) -> None:
     """Loss and gradients of a step, float32 and bfloat16 autocast; then both networks of a freeze, to the bit."""
     net = _searched("inverted").to(device, memory_format=torch.channels_last).train()
@@ -267,22 +226,14 @@ def compare_compiled_step(device: str) -> None:
             loss = _loss(net, x, autocast)
             loss.backward()
             results.append((loss.detach(), {n: p.grad.clone() for n, p in net.named_parameters() if p.numel()}))
-        (loss, gradients), (compiled, compiled_gradients) = results
-        torch.testing.assert_close(compiled, loss, rtol=tolerance, atol=tolerance)
-        together = [torch.cat([g[n].flatten() for n in gradients]) for g in (compiled_gradients, gradients)]
+        (loss, gradients), (ours, our_gradients) = results
+        torch.testing.assert_close(ours, loss, rtol=tolerance, atol=tolerance)
+        together = [torch.cat([g[n].flatten() for n in gradients]) for g in (our_gradients, gradients)]
         assert torch.linalg.norm(together[0] - together[1]) < tolerance * torch.linalg.norm(together[1])
     small = sbs.compress(net, sbs.freeze(net))
     with torch.backends.cudnn.flags(enabled=False):
         assert torch.equal(_logits(net, x), _logits(small, x))
-    assert sbs.use_compiled(True), "compilation has given up on the way"
-
-
-@pytest.mark.gpu
-@pytest.mark.timeout(600)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
-def test_compiled_kernels_are_the_eager_ones(dtype):
-    sbs.use_compiled(True)
-    compare_compiled_kernels("cuda", dtype)
+    assert not compiled.failures()
 
 
 @pytest.mark.gpu

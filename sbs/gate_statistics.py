@@ -1,0 +1,83 @@
+"""The statistics that gates compare with their thresholds, brought up to date after every step (SBS, 3.2)."""
+
+import torch
+from torch import Tensor
+
+from sbs.gates import MOMENTUM
+from sbs.ranks import agree
+from sbs.space import levels
+from sbs.supernet import SuperNet
+from sbs.weights import moments, statistics
+
+
+@torch.no_grad()
+def update(net: SuperNet, momentum: float = MOMENTUM) -> None:
+    """Statistics of this step's weights and batches, and what the loss and the pressure said of the gates.
+
+    The same on all ranks, after one all-reduce of a few numbers per gate where torch.distributed is initialised.
+    """
+    collected = _collected(net)
+    _update_weights(net)
+    _update_channels(net)
+    agree([collected], [bank.pull for bank in net.banks()] + [net.pressure], net.banks())
+    _update_activations(net, collected, momentum)
+
+
+@torch.no_grad()
+def start(net: SuperNet) -> None:
+    """Take the statistics from what calibration collected, in place of the running means; no gate moves."""
+    update(net, momentum=1.0)
+    net.forget_pulls()
+    net.refresh_kept()
+    net.mark_started()
+
+
+def _collected(net: SuperNet) -> Tensor:
+    """Residual sums and counts of this rank's batches, (searched layers, bit-widths), float64; then forgotten."""
+    bank, layers = net.activation_gates, net.searched_layers()
+    pending = [layer.pending_activation for layer in layers]
+    for layer in layers:
+        layer.pending_activation = None
+    # every rank takes part in the all-reduce, also one that saw no batch
+    empty = bank.statistic.new_zeros(bank.statistic.shape[1])
+    if bank.thresholds.numel() == 0:
+        return empty.double()
+    sums = torch.stack([empty if p is None else p[0].to(empty) for p in pending])
+    counts = torch.stack([empty.new_zeros(()) if p is None else p[1].to(empty) for p in pending])
+    return torch.cat([sums, counts.unsqueeze(1)], dim=1).double()
+
+
+def _update_activations(net: SuperNet, table: Tensor, momentum: float) -> None:
+    bank = net.activation_gates
+    if bank.thresholds.numel() == 0:
+        return
+    fresh = (table[:, :-1] / table[:, -1:].clamp_min(1)).to(bank.statistic.dtype)
+    # a batch that overflowed says nothing; let in, it would stay in the running mean for ever
+    seen = (table[:, -1:] > 0) & fresh.isfinite().all(dim=1, keepdim=True)
+    bank.statistic.copy_(torch.where(seen, torch.lerp(bank.statistic, fresh, momentum), bank.statistic))
+
+
+def _update_weights(net: SuperNet) -> None:
+    if net.weight_gates.thresholds.numel() == 0:
+        return
+    layers = net.searched_layers()
+    weights, masks = [layer.weight for layer in layers], [layer.kept for layer in layers]
+    means, stds = moments(weights, masks)
+    net.leave_moments(means, stds)
+    scales = [layer.weight_clip * std for layer, std in zip(layers, stds, strict=True)]
+    grid = tuple(levels(b) for b in net.space.weight_bits)
+    net.weight_gates.statistic.copy_(statistics(weights, means, scales, grid, masks))
+
+
+def _update_channels(net: SuperNet) -> None:
+    if not net.group_slices:
+        return
+    roots = [net.model.get_parameter(f"{group.root}.weight") for group in net.graph.groups]
+    # over all dimensions at once: to flatten weights in channels_last would copy them
+    per_channel = torch.cat([w.detach().abs().mean(dim=tuple(range(1, w.dim()))) for w in roots])
+    bank = net.channel_gates
+    # a gather and a sum, not index_add_: that one's order, and so its last bit, is left open on a GPU
+    padded = torch.cat([per_channel, per_channel.new_zeros(1)]).to(bank.statistic.dtype)
+    groups = padded[net.group_members].sum(dim=1) / net.group_sizes
+    layer_means = torch.stack([groups[start:stop].mean() for start, stop in net.group_slices])
+    bank.statistic.copy_(groups / layer_means[net.layer_index].clamp_min(torch.finfo(groups.dtype).tiny))

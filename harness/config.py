@@ -190,6 +190,7 @@ class RunConfig(Section):
     threads: Count = 1
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     compile: bool = False
+    cuda_graph: Literal["auto"] | bool = "auto"
     deterministic: bool = True
     sync_batchnorm: bool = False
     flip_tta: bool = False
@@ -205,6 +206,16 @@ class RunConfig(Section):
     def _run_is_possible(self) -> Self:
         if isinstance(self.workers, tuple) and self.workers[0] > self.workers[1]:
             raise ValueError(f"workers = {list(self.workers)} must be [min, max] with min <= max")
+        if self.gpus_per_worker > 1 and self.gpus_per_worker % 1:
+            raise ValueError(
+                f"gpus_per_worker = {self.gpus_per_worker:g} is no whole number: a rank uses one GPU; set it to 1"
+            )
+        if 0 < self.gpus_per_worker < 1 < self.max_workers:
+            workers = self.workers if isinstance(self.workers, int) else list(self.workers)
+            raise ValueError(
+                f"gpus_per_worker = {self.gpus_per_worker:g} with workers = {workers} puts several ranks on one GPU, "
+                "which NCCL refuses: set gpus_per_worker = 1, or workers = 1 (several trials may share a GPU)"
+            )
         if self.sync_batchnorm and not self.gpus_per_worker:
             raise ValueError("`sync_batchnorm` needs GPUs (NCCL): set gpus_per_worker, or leave it out")
         return self

@@ -13,13 +13,14 @@ from typing import Any, Literal, NoReturn
 import torch
 from torch import nn
 
+from harness.arithmetic import autocast
 from harness.checkpoint import CheckpointFolder, State, remove_torn
 from harness.config import Recipe, TrialSpec
 from harness.data import data_checksum
 from harness.data.loader import Loader, open_data
 from harness.errors import Preempted, UserError
 from harness.metrics import Scores, evaluate
-from harness.ranks import Ranks, autocast
+from harness.ranks import Ranks
 from harness.remote import RemoteCopy
 from harness.run_dir import MetricsLog, RecordKind, RunDir
 from harness.settings import LEAVE_SIGNALS

@@ -17,7 +17,7 @@ _NEUTRAL_DATA_KEYS = {"source", "dir", "workers", "memory"}  # the checksum says
 # These change where or how safely a trial runs, not what comes out.
 _NEUTRAL_RUN_KEYS = {
     "cpus_per_worker", "checkpoint_every_s", "checkpoint_every_steps", "keep_checkpoints", "max_restarts",
-    "stall_limit_s", "profile_steps", "remote",
+    "stall_limit_s", "profile_steps", "remote", "cuda_graph",
 }  # fmt: skip
 
 

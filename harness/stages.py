@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 import sbs
+from harness.arithmetic import arithmetic, autocast
 from harness.checkpoint import State, load, load_weights, save, save_weights, to_cpu, weights_digest
 from harness.config import TrialSpec
 from harness.context import REAL_DATA, Context, Data, Report
@@ -27,7 +28,7 @@ from harness.networks import compressed, example_input, full_precision, merged, 
 from harness.plan import chosen_budget, idle_gates, plan, stage_config, stage_key
 from harness.pressure import Pressure, check_budgets, pressure_of
 from harness.provenance import record_start
-from harness.ranks import arithmetic, joined
+from harness.ranks import joined
 from harness.result import build_result
 from harness.run_dir import RunDir, write_json
 from harness.step import Job, no_remark
@@ -200,7 +201,7 @@ class _Trial:
             stage,
             net,
             before,
-            prepare=lambda: sbs.calibrate(net, self._calibration()),
+            prepare=lambda: self._calibrate(net),
             pressure=pressure,
             telemetry=lambda: sbs.telemetry(net),
             remark=no_remark if self.context.data.made_up else partial(idle_gates, self.recipe.search),
@@ -218,7 +219,7 @@ class _Trial:
             model = full_precision(self.recipe, before.net)
             policy = sbs.Policy.uniform(model, self.example, bits, bits)
             net = self._to_device(sbs.compress(model, policy, example_input=self.example))
-            sbs.calibrate(net, self._calibration())
+            self._calibrate(net)
         else:
             base = replace(before, net={})
             budget = chosen_budget(self.recipe.search)
@@ -305,10 +306,12 @@ class _Trial:
             weights = saved["net"]
         return self._to_device(full_precision(self.recipe, weights)).eval().requires_grad_(requires_grad=False)
 
-    def _calibration(self) -> list[torch.Tensor]:
-        """This rank's share of the first training batches."""
+    def _calibrate(self, net: nn.Module) -> None:
+        """From this rank's share of the first training batches, in the arithmetic of the steps that follow."""
         loader = self.context.train_loader(self.recipe.search.epochs)
-        return [images.clone() for images, _ in islice(loader.epoch(0), self.recipe.search.calibration_batches)]
+        batches = [images.clone() for images, _ in islice(loader.epoch(0), self.recipe.search.calibration_batches)]
+        with autocast(self.recipe.run, self.ranks.device):
+            sbs.calibrate(net, batches)
 
     def _to_device(self, net: nn.Module) -> nn.Module:
         if self.recipe.run.sync_batchnorm and self.ranks.world > 1:

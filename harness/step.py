@@ -12,12 +12,14 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 import sbs
+from harness.arithmetic import autocast
 from harness.checkpoint import State
 from harness.config import Recipe, TrainConfig
+from harness.graphed import graphed
 from harness.metrics import score_sums
 from harness.optim import averaged, build_optimizer, lr_factor, set_lr
 from harness.pressure import Pressure
-from harness.ranks import Ranks, autocast, norm_statistics, seed_step, set_norm_statistics
+from harness.ranks import Ranks, norm_statistics, seed_step, set_norm_statistics
 from sbs.layers import QuantizedLayer
 
 
@@ -60,7 +62,12 @@ class Stepper:
         self._forward: nn.Module | Any = self._ddp or job.net
         if recipe.run.compile and not any(isinstance(module, QuantizedLayer) for module in job.net.modules()):
             # Quantised layers compile kernels of their own; a graph around them would be compiled anew as gates move.
-            self._forward = torch.compile(self._forward)
+            # One graph for each image size of a schedule: a graph for any size would be slower at all of them.
+            self._forward = torch.compile(self._forward, dynamic=False)
+        self._number = 0
+        learned = [parameter for parameter in job.net.parameters() if parameter.requires_grad]
+        is_search = job.pressure is not None
+        self._gradients = graphed(self._compute, learned, recipe.run, ranks, job.stage, is_search=is_search)
 
     @property
     def lr(self) -> float:
@@ -77,12 +84,19 @@ class Stepper:
         """Step `number` of the stage on this rank's images (N, 3, H, W) and labels (N,).
 
         Returns the sums [images, right at 1, right within 5, cross-entropy, penalty x images], float64, and the sum of
-        the losses of the parts, which is not finite if one of them is not.
+        the losses of the parts, which is not finite if one of them is not. The next step may overwrite both.
         """
-        config = self.job.config
         seed_step(self._run.seed, self._ranks.rank, self.job.start_step + number)
-        set_lr(self._optimizer, lr_factor(config, number, steps_per_epoch))
-        parts = list(zip(images.chunk(config.accumulate), labels.chunk(config.accumulate), strict=True))
+        set_lr(self._optimizer, lr_factor(self.job.config, number, steps_per_epoch))
+        self._number = number
+        sums, losses = self._gradients(images, labels)
+        self._update(number)
+        return sums, losses
+
+    def _compute(self, images: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The sums of `step`, and the gradients; where graphs repeat it, the step's number must change nothing."""
+        count, number = self.job.config.accumulate, self._number
+        parts = list(zip(images.chunk(count), labels.chunk(count), strict=True))
         sums = torch.zeros(5, dtype=torch.float64, device=images.device)
         losses = torch.zeros((), device=images.device)
         for index, (part, part_labels) in enumerate(parts):
@@ -94,7 +108,6 @@ class Stepper:
             losses += loss
         if penalty is not None:
             sums[4] += penalty.detach().double() * len(labels)
-        self._update(number)
         return sums, losses
 
     def _backward(

@@ -25,8 +25,8 @@ from torch.nn import functional as F
 from torch.profiler import ProfilerActivity, profile
 
 import sbs
+from harness.arithmetic import arithmetic
 from harness.config import RunConfig
-from harness.ranks import arithmetic
 from tests.benchmarks.measure import Estimate, Row, estimate
 from tests.numerics import oracle
 

@@ -61,9 +61,15 @@ MEMORY_MUST, MEMORY_WANTED, CHAIN_MUST = 1.3, 1.15, 0.55
 COLD_MUST_S, WARM_MUST_S = 30.0, 2.0
 
 
+Gradients = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+
+
 @dataclass
 class Variant:
-    """A network in training, and all that one optimiser step of it does; `forward`: the network compiled, say."""
+    """A network in training, and all that one optimiser step of it does.
+
+    `forward`: the network compiled, say; `captured`: what replaces `gradients`, a graph of them.
+    """
 
     net: nn.Module
     images: Tensor
@@ -71,6 +77,7 @@ class Variant:
     search: bool = False
     autocast: bool = False
     forward: Callable[[Tensor], Tensor] | None = None
+    captured: Gradients | None = None
     optimizer: torch.optim.Optimizer = field(init=False)
 
     def __post_init__(self) -> None:
@@ -81,15 +88,20 @@ class Variant:
     def step(self) -> None:
         """Forward, backward, update; in a search with the BOP penalty, in any of ours with after_step."""
         self.optimizer.zero_grad()
-        with torch.autocast(self.images.device.type, dtype=torch.bfloat16, enabled=self.autocast):
-            logits = (self.net if self.forward is None else self.forward)(self.images)
-            loss = F.cross_entropy(logits.float(), self.labels)
+        (self.gradients if self.captured is None else self.captured)(self.images, self.labels)
+        self.optimizer.step()
+        sbs.after_step(self.net)
+
+    def gradients(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """Forward and backward; logits and loss."""
+        with torch.autocast(images.device.type, dtype=torch.bfloat16, enabled=self.autocast):
+            logits = (self.net if self.forward is None else self.forward)(images)
+            loss = F.cross_entropy(logits.float(), labels)
         if self.search:
             self.parity = 1 - self.parity
             loss = loss + 0.1 * sbs.bop_penalty(self.net, gradient=("weights", "activations")[self.parity])
         loss.backward()
-        self.optimizer.step()
-        sbs.after_step(self.net)
+        return logits.detach(), loss.detach()
 
     def static_bytes(self) -> int:
         """Parameters, buffers and momentum."""

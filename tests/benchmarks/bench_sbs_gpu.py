@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from harness.config import RunConfig
+from harness.graphed import GraphedGradients
 from tests.benchmarks.bench_sbs import (
     Case,
     Variant,
@@ -72,6 +73,8 @@ def rows_of(case: Case, device: str, count: int = ROUNDS) -> Iterator[Row]:
         yield from eager_rows(case, times)
         yield from shares(case, made, times, device)
         yield Row(f"{case.title}: kernels of sbs that run uncompiled", len(found), 0)
+        if device == "cuda":
+            yield from graph_rows(case, made, count)
         yield from compiled_rows(case, made, timed, count)
 
 
@@ -96,6 +99,29 @@ def shares(case: Case, made: dict[str, Variant], times: dict[str, list[float]], 
         yield Row(f"{case.title}: peak, {name}", peaks[name] / 2**20, None, "MiB")
     memory = peaks["search"] / peaks[BASE]
     yield Row(f"{case.title}: peak memory, search / {BASE}", memory, MEMORY_MUST, "x", wanted=MEMORY_WANTED)
+
+
+def graph_rows(case: Case, made: dict[str, Variant], count: int) -> Iterator[Row]:
+    """Steps as `run.cuda_graph` makes them, against eager full precision; a search is not captured.
+
+    One at a time, since a graph keeps the memory of its step.
+    """
+    for name in (BASE, "uniform 4/4"):
+        plain = made[name]
+        learned = [p for p in plain.net.parameters() if p.requires_grad]
+        replayed = replace(plain)
+        replayed.captured = GraphedGradients(replayed.gradients, learned, plain.images.device, must=False)
+        for _ in range(5):
+            replayed.step()
+        title = f"{name}, one CUDA graph"
+        times = rounds({title: repeat(replayed, case.steps), BASE: repeat(made[BASE], case.steps)}, cuda_s, count)
+        yield Row(f"{case.title}: step, {title}", estimate([1e3 * t / case.steps for t in times[title]]), None, "ms")
+        yield Row(f"{case.title}: {title} / {BASE}", over(times, title, BASE), None, "x")
+        work = gpu_work(replayed.step)
+        yield Row(f"{case.title}: launches, {title}", work.launches, None)
+        plain.optimizer.zero_grad()
+        del replayed
+        torch.cuda.empty_cache()
 
 
 def compiled_rows(

@@ -31,7 +31,7 @@ TAIL_LINES = 60
 PARTS = "scripts.gpu.parts"
 
 PLAN = (
-    Part("tests", 120, (f"{PARTS}.tests",)),
+    Part("tests", 170, (f"{PARTS}.tests",)),
     Part("step_resnet18", 100, (f"{PARTS}.steps", "resnet18")),
     Part("step_resnet50", 140, (f"{PARTS}.steps", "resnet50")),
     Part("step_mobilenetv2", 130, (f"{PARTS}.steps", "mobilenetv2")),

@@ -58,7 +58,8 @@ class LeaveRequest:
         """True from the first request on; looks at the file at most twice a second."""
         if not self._asked and self._watch_file and time.monotonic() >= self._next_look:
             self._next_look = time.monotonic() + _STOP_FILE_INTERVAL_S
-            self._asked = self._run.stop_requested()
+            if self._run.stop_requested():  # no plain assignment: a signal may come during the look
+                self._asked = True
         return self._asked
 
     @contextmanager

@@ -71,6 +71,7 @@ class StageLoop:
             watch = Stopwatch()
             self._train_epoch(watch)
             speed = watch.report(self.ranks.device)
+            self.stepper.own_norms()
             scores = self.context.evaluate(self.stepper.weights(), before_leaving=self.checkpoint)
             self._finish_epoch(scores, speed)
         self._profiler.close()

@@ -8,19 +8,17 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import sbs
-from harness.config import SearchConfig, TrainConfig, scaled_lr
+from harness.config import TrainConfig, scaled_lr
 
 
 def build_optimizer(net: nn.Module, stage: TrainConfig, batch_size: int) -> torch.optim.Optimizer:
     """SGD or AdamW over `sbs.param_groups(net)`; every group carries its `peak_lr`.
 
-    Weight decay holds for convolution and linear weights alone. Clips and thresholds have learning rates of their own
-    (`clip_lr`, `bit_threshold_lr`, `prune_threshold_lr`, not scaled with the batch).
+    Weight decay holds for convolution and linear weights alone. Clips have a learning rate of their own (`clip_lr`, not
+    scaled with the batch); thresholds are moved by `sbs.after_step`.
     """
     lr = scaled_lr(stage, batch_size)
     rates = {"decay": lr, "no_decay": lr, "clips": stage.clip_lr or lr}
-    if isinstance(stage, SearchConfig):
-        rates |= {"bit_thresholds": stage.bit_threshold_lr, "prune_thresholds": stage.prune_threshold_lr}
     groups = [
         {
             "params": parameters,

@@ -12,7 +12,7 @@ from sbs.supernet import SuperNet
 
 
 @torch.no_grad()
-def step(net: SuperNet, steps: int) -> None:
+def step(net: SuperNet, steps: int, loss_scale: float = 1.0) -> None:
     """What a super-network does after an optimiser's step; `steps`: how many the whole search has.
 
     What decides is equal on all ranks to the last bit: comparisons of numbers that one all-reduce has made equal. What
@@ -21,34 +21,41 @@ def step(net: SuperNet, steps: int) -> None:
     net.forget_contexts()
     clamp_clips(net.model)
     net.count_images(world())
+    if loss_scale != 1.0:
+        torch._foreach_div_([net.pressure, *(bank.pull for bank in net.banks())], loss_scale)
     gate_statistics.update(net)
-    _decide(net, 1 / steps, PACE.window_of(steps))
-    _move(net, 1 / steps, PACE.window_of(steps))
-    net.progress += 1 / steps
+    rate, share, window = PACE.rate(net.steps_done / steps), 1 / steps, PACE.window_of(steps)
+    _decide(net, rate, share, window)
+    _move(net, rate, share, window)
+    net.steps_done += 1
     net.pressure.zero_()
     net.refresh_kept()
 
 
-def _decide(net: SuperNet, share: float, window: float) -> None:
+def at_rest(steps_done: int, steps: int) -> bool:
+    """Whether gates stand still after so many of a search's steps: from there on only weights and clips are trained."""
+    return steps_done / steps >= PACE.still
+
+
+def _decide(net: SuperNet, rate: Tensor, share: float, window: float) -> None:
     """Take in what the step said of the gates as they were, then flip those whose thresholds say so."""
     weight, activation, channel = net.banks()
     wanted = [weight.wanted(PACE), activation.wanted(PACE), _within_limits(net, channel)]
-    in_motion = PACE.rate(net.progress) > 0
     for bank, decided in zip(net.banks(), wanted, strict=True):
         bank.weigh(audible(bank.decided()), share, window, PACE)
         # a statistic that falls may want to close a step whose turn it is not
-        free = movable(bank.decided()) & in_motion
+        free = movable(bank.decided()) & (rate > 0)
         bank.commit(torch.where(free, decided, bank.decided()), share)
 
 
-def _move(net: SuperNet, share: float, window: float) -> None:
+def _move(net: SuperNet, rate: Tensor, share: float, window: float) -> None:
+    """Move the thresholds of the gates that may flip and have been seen for long enough."""
     gates = [bank.decided() for bank in net.banks()]
-    way = PACE.distance * share * PACE.rate(net.progress)
     for bank, is_open, price, pressure in zip(
         net.banks(), gates, prices(net, gates), net.pressure.unbind(0), strict=True
     ):
         free = movable(is_open) & bank.judged(window) & (bank.age >= PACE.hold)
-        bank.move(pressure * price, bank.gain(net.images), free, way)
+        bank.move(pressure * price, bank.gain(net.images), free, PACE.distance * share * rate)
 
 
 def _within_limits(net: SuperNet, bank: GateBank) -> Tensor:

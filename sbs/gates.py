@@ -167,10 +167,13 @@ class GateBank(nn.Module):
         self.thresholds += moved.to(self.thresholds.dtype)
         self.clamp()
 
+    def band(self, pace: Pace) -> Tensor:
+        """Margin within which each gate stays as it is."""
+        return pace.band * pace.widening**self.flips
+
     def wanted(self, pace: Pace) -> Tensor:
         """Gates by the sign of their margin; inside its band, which every flip widens, a gate stays as it is."""
-        band = pace.band * pace.widening**self.flips
-        margin = self.margin()
+        band, margin = self.band(pace), self.margin()
         return torch.where(margin >= band, 1.0, torch.where(margin < -band, 0.0, self.decided()))
 
     @torch.no_grad()

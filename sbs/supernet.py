@@ -23,9 +23,6 @@ from sbs.space import FULL_PRECISION_BITS, SearchSpace, describe, levels
 from sbs.tracing import check_calls, check_unhooked
 from sbs.weights import Snapshot, WeightCodes, encode, moments
 
-GATES = ("weight", "activation", "channel")
-"""What gates decide on, in the order of `SuperNet.banks()`."""
-
 
 class SuperNet(nn.Module):
     """`model` with its convolutions and linear layers replaced, and the gate banks of the search.
@@ -50,13 +47,13 @@ class SuperNet(nn.Module):
         self.group_slices = _slices(graph, space) if space.prune else ()
         total = self.group_slices[-1][1] if self.group_slices else 0
         self.channel_gates = GateBank(total).to(device)
-        # images of the last step on all ranks; share of the search that is over; and dL/d(log BOPs) of the step by what
-        # it presses upon, see `GATES`
+        # images of the last step on all ranks, and steps of the search so far; dL/d(log BOPs) of the step, for the
+        # gates of every bank
         self.register_buffer("images", torch.zeros((), dtype=torch.float64, device=device))
-        self.register_buffer("progress", torch.zeros((), dtype=torch.float64, device=device))
+        self.register_buffer("steps_done", torch.zeros((), dtype=torch.float64, device=device))
         felt = [[1, 1, 1], [1, 0, 1], [0, 1, 1]]
         self.register_buffer("_felt", torch.tensor(felt, dtype=torch.float64, device=device), persistent=False)
-        self.register_buffer("pressure", torch.zeros(len(GATES), dtype=torch.float64, device=device), persistent=False)
+        self.register_buffer("pressure", torch.zeros(3, dtype=torch.float64, device=device), persistent=False)
         self._index_channels(device)
         self.macs = MacTable(graph, self.group_sizes, self.group_slices).to(device)
         self._rows = {name: i for i, name in enumerate(self.searched)}
@@ -239,7 +236,7 @@ class SuperNet(nn.Module):
     least_open: Tensor
     _weight_steps: Tensor
     images: Tensor
-    progress: Tensor
+    steps_done: Tensor
     pressure: Tensor
     _felt: Tensor
 
@@ -280,7 +277,7 @@ class SuperNet(nn.Module):
     def leave_moments(self, means: list[Tensor], stds: list[Tensor]) -> None:
         """Leave the moments of the searched layers' weights for the next training pass, if the weights stay."""
         # on a GPU asking whether they did would wait for it; tensors of inference mode no later step can use
-        if self.progress.device.type == "cpu" and not torch.is_inference_mode_enabled():
+        if self.steps_done.device.type == "cpu" and not torch.is_inference_mode_enabled():
             self._left_moments = Snapshot.of([layer.weight for layer in self.searched_layers()]), (means, stds)
 
     def refresh_kept(self) -> None:

@@ -91,7 +91,7 @@ class BudgetPressure(Pressure):
 
     def course(self, steps_done: torch.Tensor) -> torch.Tensor:
         """Where log BOPs should be after so many steps."""
-        way = ((steps_done / self._steps - _DEPARTURE) / (_ARRIVAL - _DEPARTURE)).clamp(0.0, 1.0)
+        way = ((steps_done.double() / self._steps - _DEPARTURE) / (_ARRIVAL - _DEPARTURE)).clamp(0.0, 1.0)
         return self._start + way * (self._end - self._start)
 
     def _step_at(self, share: float) -> int:

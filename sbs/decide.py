@@ -24,7 +24,7 @@ def step(net: SuperNet, steps: int, loss_scale: float = 1.0) -> None:
     if loss_scale != 1.0:
         torch._foreach_div_([net.pressure, *(bank.pull for bank in net.banks())], loss_scale)
     gate_statistics.update(net)
-    rate, share, window = PACE.rate(net.steps_done / steps), 1 / steps, PACE.window_of(steps)
+    rate, share, window = PACE.rate(net.steps_done.double() / steps), 1 / steps, PACE.window_of(steps)
     _decide(net, rate, share, window)
     _move(net, rate, share, window)
     net.steps_done += 1

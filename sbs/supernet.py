@@ -3,9 +3,8 @@
 import copy
 import math
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -49,8 +48,8 @@ class SuperNet(nn.Module):
         self.channel_gates = GateBank(total).to(device)
         # images of the last step on all ranks, and steps of the search so far; dL/d(log BOPs) of the step, for the
         # gates of every bank
-        self.register_buffer("images", torch.zeros((), dtype=torch.float64, device=device))
-        self.register_buffer("steps_done", torch.zeros((), dtype=torch.float64, device=device))
+        self.register_buffer("images", torch.zeros((), dtype=torch.int64, device=device))
+        self.register_buffer("steps_done", torch.zeros((), dtype=torch.int64, device=device))
         felt = [[1, 1, 1], [1, 0, 1], [0, 1, 1]]
         self.register_buffer("_felt", torch.tensor(felt, dtype=torch.float64, device=device), persistent=False)
         self.register_buffer("pressure", torch.zeros(3, dtype=torch.float64, device=device), persistent=False)
@@ -124,13 +123,6 @@ class SuperNet(nn.Module):
             layer = self.model.get_submodule(info.name)
             assert isinstance(layer, QuantizedLayer)
             yield info.name, layer
-
-    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> "SuperNet":
-        """Move or convert everything; the share of the search that is over keeps its digits, which steps add up to."""
-        progress = self.progress
-        super()._apply(fn, recurse)
-        self.progress = progress.to(self.progress.device)
-        return self
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, C, H, W) -> logits, with the gates as they were decided after the last step."""
@@ -251,7 +243,7 @@ class SuperNet(nn.Module):
     def count_images(self, ranks: int) -> None:
         """Set `images` to those of this step on all ranks, where there was a training pass."""
         if self._passed:
-            self.images.fill_(float(self._passed * ranks))
+            self.images.fill_(self._passed * ranks)
         self._passed = 0
 
     def forget_contexts(self) -> None:

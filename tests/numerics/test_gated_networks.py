@@ -83,7 +83,7 @@ def test_a_step_below_the_highest_open_one_waits_for_it():
 def test_at_the_end_of_a_search_no_gate_moves_whatever_its_threshold_says():
     net = _net()
     steps = 20
-    while float(net.progress) < PACE.still:
+    while not sbs.at_rest(int(net.steps_done), steps):
         _press(net, steps)
     opened = [bank.open.clone() for bank in net.banks()]
     flips = [bank.flips.clone() for bank in net.banks()]

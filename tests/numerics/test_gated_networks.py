@@ -27,15 +27,15 @@ def _net(**space: object) -> sbs.SuperNet:
     return net.train()
 
 
-def _train(net: sbs.SuperNet, steps: range, pressure: float) -> None:
-    """Steps of a search of `STEPS`."""
-    optimizer = torch.optim.SGD(net.parameters(), lr=0.05)
+def _train(net: sbs.SuperNet, steps: range, pressure: float, loss_scale: float = 1.0) -> None:
+    """Steps of a search of `STEPS`; what multiplies the loss the learning rate takes back."""
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.05 / loss_scale)
     for step in steps:
         optimizer.zero_grad()
         loss = F.cross_entropy(net(networks.images(10, SIZE, 100 + step)), torch.arange(10) % 5)
-        (loss + pressure * sbs.bop_penalty(net)).backward()
+        (loss_scale * (loss + pressure * sbs.bop_penalty(net))).backward()
         optimizer.step()
-        sbs.after_step(net, steps=STEPS)
+        sbs.after_step(net, steps=STEPS, loss_scale=loss_scale)
 
 
 def _press(net: sbs.SuperNet, steps: int, pressure: float = 1.0) -> None:
@@ -109,6 +109,16 @@ def test_gates_that_the_penalty_leaves_alone_stay_where_they_are(gradient):
         sbs.after_step(net, steps=STEPS)
     moved = {side: bool(getattr(net, f"{side}_gates").thresholds.any()) for side in ("weight", "activation", "channel")}
     assert moved == {"weight": gradient == "weights", "activation": gradient == "activations", "channel": True}
+
+
+def test_a_loss_that_was_scaled_for_half_precision_is_the_same_search():
+    """By a power of two, which rounds nothing: the same network to the bit."""
+    nets = _net(), _net()
+    for net, scale in zip(nets, (1.0, 2.0**14), strict=True):
+        _train(net, range(STEPS // 2), 0.05, scale)
+    assert all(bank.flips.any() for bank in nets[0].banks())
+    for (name, ours), theirs in zip(nets[0].state_dict().items(), nets[1].state_dict().values(), strict=True):
+        assert torch.equal(ours, theirs), name
 
 
 def test_a_search_goes_on_from_its_state_dict_to_the_bit(tmp_path):

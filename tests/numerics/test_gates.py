@@ -76,7 +76,7 @@ def _search(
     for step in range(steps):
         bank.statistic.copy_(1 + tremble * torch.randn(len(price), generator=g))
         bank.pull += scale * (losses.slope(bank.decided()) + losses.noise(g))
-        rate = pace.rate(torch.tensor(step * share))
+        rate = pace.rate(torch.tensor(step * share, dtype=torch.float64))
         wanted = torch.where(rate > 0, bank.wanted(pace), bank.decided())
         bank.weigh(everyone, share, window, pace)
         bank.commit(wanted, share)

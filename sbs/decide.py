@@ -26,7 +26,7 @@ def step(net: SuperNet, steps: int, loss_scale: float = 1.0) -> None:
     gate_statistics.update(net)
     rate, share, window = PACE.rate(net.steps_done.double() / steps), 1 / steps, PACE.window_of(steps)
     _decide(net, rate, share, window)
-    _move(net, rate, share, window)
+    _move(net, rate, share)
     net.steps_done += 1
     net.pressure.zero_()
     net.refresh_kept()
@@ -45,16 +45,16 @@ def _decide(net: SuperNet, rate: Tensor, share: float, window: float) -> None:
         bank.weigh(audible(bank.decided()), share, window, PACE)
         # a statistic that falls may want to close a step whose turn it is not
         free = movable(bank.decided()) & (rate > 0)
-        bank.commit(torch.where(free, decided, bank.decided()), share)
+        bank.commit(torch.where(free, decided, bank.decided()), share, net.images)
 
 
-def _move(net: SuperNet, rate: Tensor, share: float, window: float) -> None:
+def _move(net: SuperNet, rate: Tensor, share: float) -> None:
     """Move the thresholds of the gates that may flip and have been seen for long enough."""
     gates = [bank.decided() for bank in net.banks()]
     for bank, is_open, price, pressure in zip(
         net.banks(), gates, prices(net, gates), net.pressure.unbind(0), strict=True
     ):
-        free = movable(is_open) & bank.judged(window) & (bank.age >= PACE.hold)
+        free = movable(is_open) & bank.judged() & (bank.age >= PACE.hold)
         bank.move(pressure * price, bank.gain(net.images), free, PACE.distance * share * rate)
 
 

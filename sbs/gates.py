@@ -18,6 +18,8 @@ from torch import Tensor, nn
 MOMENTUM = 0.1
 """Of the running means of the statistics."""
 
+_LEFT = 0.3
+
 
 @dataclass(frozen=True)
 class Pace:
@@ -56,7 +58,8 @@ class GateBank(nn.Module):
 
     thresholds, statistic, open: what decides. flips: how often each gate has flipped. age: share of the search since
     its last flip. For each side, while a gate was open and while it was closed: slope, running mean of dL/dg; scatter,
-    its variance from step to step; weight, the share of the search that they rest on (0: never seen).
+    its variance from step to step; weight, the share of the search that they rest on (0: never seen). promised: what
+    closing the gate was foretold to cost, in nats, when it closed. window: the share that running means are over.
     """
 
     thresholds: Tensor
@@ -70,6 +73,8 @@ class GateBank(nn.Module):
     scatter_closed: Tensor
     weight_open: Tensor
     weight_closed: Tensor
+    promised: Tensor
+    window: Tensor
     pull: Tensor
     _SHARP = 4.0
 
@@ -84,6 +89,8 @@ class GateBank(nn.Module):
         for side in ("open", "closed"):
             for what in ("slope", "scatter", "weight"):
                 self.register_buffer(f"{what}_{side}", zeros.clone())
+        self.register_buffer("promised", zeros.clone())
+        self.register_buffer("window", torch.zeros(()))
         self.register_buffer("pull", zeros.clone(), persistent=False)
 
     def gates(self) -> Tensor:
@@ -121,6 +128,7 @@ class GateBank(nn.Module):
         audible: the gates whose gradient says something. share: of the search that the step is. A gate that has just
         flipped is not listened to.
         """
+        self.window.fill_(window)
         finite = self.pull.isfinite()
         pull, heard = torch.where(finite, self.pull, 0.0), audible & finite & (self.age >= pace.hold)
         is_open = self.decided() > 0
@@ -138,20 +146,36 @@ class GateBank(nn.Module):
             weight.copy_(torch.where(listening, grown, weight))
         self.pull.zero_()
 
+    def foretold(self, images: Tensor) -> Tensor:
+        """L(open) - L(closed) by the second-order expansion from the side that a gate is on, before weights adapt.
+
+        The curvature is the Fisher information, and that is the variance of a batch's gradient times its `images`.
+        """
+        bend_open, bend_closed = 0.5 * images * self.scatter_open, 0.5 * images * self.scatter_closed
+        return torch.where(self.decided() > 0, self.slope_open - bend_open, self.slope_closed + bend_closed)
+
     def gain(self, images: Tensor) -> Tensor:
         """What the loss gains by a gate's opening, L(open) - L(closed); the more negative, the better.
 
-        From both sides by the trapezoid rule. From one side by the second-order expansion: the curvature is the
-        Fisher information, and that is the variance of the gradient of a batch times its number of `images`.
+        Of a gate that was tried, from both sides by the trapezoid rule: what is left once the weights have adapted. Of
+        another, what is foretold, times the share that adapting left of it where gates of its kind were tried.
         """
-        bend_open, bend_closed = 0.5 * images * self.scatter_open, 0.5 * images * self.scatter_closed
-        known_open, known_closed = self.weight_open > 0, self.weight_closed > 0
-        one_sided = torch.where(known_open, self.slope_open - bend_open, self.slope_closed + bend_closed)
-        return torch.where(known_open & known_closed, 0.5 * (self.slope_open + self.slope_closed), one_sided)
+        tried = (self.weight_open > 0) & (self.weight_closed > 0)
+        return torch.where(tried, 0.5 * (self.slope_open + self.slope_closed), self._left() * self.foretold(images))
 
-    def judged(self, window: float) -> Tensor:
+    def _left(self) -> Tensor:
+        """Share of what was foretold that is left of it where gates of a kind are closed: (steps,) or ()."""
+        tried = (self.decided() == 0) & self.judged() & (self.promised > 0)
+        found = (-0.5 * (self.slope_open + self.slope_closed)).clamp_min(0).where(tried, 0.0).sum(dim=0)
+        promised = self.promised.where(tried, 0.0).sum(dim=0)
+        # the guess counts as much as one gate that was tried
+        guess = promised / tried.sum(dim=0).clamp_min(1)
+        share = (found + _LEFT * guess) / (promised + guess).clamp_min(torch.finfo(promised.dtype).tiny)
+        return torch.where(promised > 0, share, _LEFT)
+
+    def judged(self) -> Tensor:
         """The gates whose present side has been seen for long enough."""
-        return torch.where(self.decided() > 0, self.weight_open, self.weight_closed) >= window / 3
+        return torch.where(self.decided() > 0, self.weight_open, self.weight_closed) >= 2 / 3 * self.window
 
     @torch.no_grad()
     def move(self, price: Tensor, gain: Tensor, movable: Tensor, way: Tensor) -> None:
@@ -177,14 +201,21 @@ class GateBank(nn.Module):
         return torch.where(margin >= band, 1.0, torch.where(margin < -band, 0.0, self.decided()))
 
     @torch.no_grad()
-    def commit(self, decided: Tensor, share: float) -> None:
-        """Set the gates to `decided` (zeros and ones); count flips and time."""
-        flipped = decided != self.open
+    def commit(self, decided: Tensor, share: float, images: Tensor) -> None:
+        """Set the gates to `decided` (zeros and ones); count flips and time.
+
+        What is known of the side that a gate comes to, or foretold of it, stands until it has been seen anew.
+        """
+        opens, closes = (decided > 0) & (self.decided() == 0), (decided == 0) & (self.decided() > 0)
+        foretold, gain = self.foretold(images), self.gain(images)
+        self.promised.copy_(torch.where(closes, -foretold, self.promised))
+        untried = closes & (self.weight_closed == 0)
+        self.slope_closed.copy_(torch.where(untried, 2 * gain - self.slope_open, self.slope_closed))
+        for flips, weight in ((opens, self.weight_open), (closes, self.weight_closed)):
+            weight.copy_(torch.where(flips, self.window / 3, weight))
+        flipped = opens | closes
         self.flips += flipped
         self.age.copy_(torch.where(flipped, 0.0, self.age + share))
-        # what was seen of a side the last time is old news by the time a gate comes back to it
-        self.weight_open.copy_(torch.where(flipped & (decided > 0), 0.0, self.weight_open))
-        self.weight_closed.copy_(torch.where(flipped & (decided == 0), 0.0, self.weight_closed))
         self.open.copy_(decided)
 
 

@@ -124,14 +124,14 @@ def test_a_loss_that_was_scaled_for_half_precision_is_the_same_search():
 def test_a_search_goes_on_from_its_state_dict_to_the_bit(tmp_path):
     """In the middle, with gates of every kind that have flipped and others on their way."""
     net = _net()
-    _train(net, range(STEPS // 4), 0.05)
+    _train(net, range(2 * STEPS // 5), 0.05)
     assert all(bank.flips.any() for bank in net.banks())
     torch.save(net.state_dict(), tmp_path / "net.pt")
     again = sbs.prepare(networks.Residual(), net.space, torch.zeros(1, 3, SIZE, SIZE)).train()
     again.load_state_dict(torch.load(tmp_path / "net.pt", weights_only=True))
     before = [bank.flips.sum() for bank in net.banks()]
     for each in (net, again):
-        _train(each, range(STEPS // 4, STEPS), 0.05)
+        _train(each, range(2 * STEPS // 5, STEPS), 0.05)
     assert sum(bank.flips.sum() for bank in net.banks()) > sum(before)
     for (name, ours), theirs in zip(net.state_dict().items(), again.state_dict().values(), strict=True):
         assert torch.equal(ours, theirs), name

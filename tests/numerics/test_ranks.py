@@ -17,7 +17,7 @@ from sbs import gate_statistics
 from sbs.gates import PACE, GateBank
 from tests.numerics import networks
 
-SIZE, STEPS = 8, 12
+SIZE, STEPS, SEARCH = 8, 24, 30
 
 
 class Normed(nn.Module):
@@ -45,7 +45,7 @@ def _build(kind: str, dtype: torch.dtype) -> nn.Module:
 
 
 def _train(net: nn.Module, wrapped: nn.Module, batches: list[torch.Tensor], *, frozen_norms: bool) -> None:
-    """A whole search in a few steps, in which bits and channels move fast, so that a disagreement would show."""
+    """Most of a short search, in which bits and channels move fast, so that a disagreement would show."""
     groups = sbs.param_groups(net)
     rates = {"decay": 0.05, "no_decay": 0.05, "clips": 0.01}
     optimizer = torch.optim.SGD([{"params": p, "lr": rates[k]} for k, p in groups.items() if p], momentum=0.5)
@@ -59,7 +59,7 @@ def _train(net: nn.Module, wrapped: nn.Module, batches: list[torch.Tensor], *, f
         gradient = ("weights", "activations")[step % 2]
         (F.cross_entropy(wrapped(x), labels) + 3.0 * sbs.bop_penalty(net, gradient=gradient)).backward()
         optimizer.step()
-        sbs.after_step(net, steps=STEPS)
+        sbs.after_step(net, steps=SEARCH)
 
 
 def _state(net: nn.Module) -> dict[str, torch.Tensor]:

@@ -19,6 +19,7 @@ class MacTable(nn.Module):
     outputs: Tensor
     inputs: Tensor
     sizes: Tensor
+    totals: Tensor
     owner: Tensor
     searched_index: Tensor
 
@@ -47,6 +48,8 @@ class MacTable(nn.Module):
         self.register_buffer("outputs", torch.tensor(outputs), persistent=False)
         self.register_buffer("inputs", torch.tensor(inputs), persistent=False)
         self.register_buffer("sizes", group_sizes.double(), persistent=False)
+        totals = torch.zeros(len(slices), dtype=torch.float64)
+        self.register_buffer("totals", totals.index_add(0, torch.tensor(owner, dtype=torch.int64), group_sizes.cpu().double()), persistent=False)
         self.register_buffer("owner", torch.tensor(owner, dtype=torch.int64), persistent=False)
         # row of each layer among the searched ones; first and last layers point behind the last row
         self.register_buffer("searched_index", torch.tensor(searched), persistent=False)
@@ -55,6 +58,15 @@ class MacTable(nn.Module):
         """Gates of all groups (groups,) -> MACs (layers,), float64."""
         # net.float() and the like convert the buffers
         constant = self.constant.double()
-        kept = constant.new_zeros(self.groups).index_add(0, self.owner, channel_gates.double() * self.sizes.double())
+        kept = self._kept(channel_gates)
         kept = torch.cat([kept.new_ones(1), kept])
         return constant * kept[self.outputs] * kept[self.inputs]
+
+    def shares(self, channel_gates: Tensor) -> Tensor:
+        """Share of every ChannelGroup's channels that its gates leave open, (ChannelGroups,), in the gates' type."""
+        return self._kept(channel_gates).to(channel_gates.dtype) / self.totals.to(channel_gates.dtype)
+
+    def _kept(self, channel_gates: Tensor) -> Tensor:
+        """Open channels of every ChannelGroup, float64."""
+        zeros = self.constant.new_zeros(self.groups, dtype=torch.float64)
+        return zeros.index_add(0, self.owner, channel_gates.double() * self.sizes.double())

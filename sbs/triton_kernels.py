@@ -187,7 +187,7 @@ def _aligned(x: Tensor) -> bool:
     return x.data_ptr() % _VECTOR_BYTES == 0
 
 
-def _on(device: torch.device) -> AbstractContextManager[object]:
+def on(device: torch.device) -> AbstractContextManager[object]:
     """Triton launches on the current device."""
     if device.type != "cuda" or device.index == torch.cuda.current_device():
         return nullcontext()
@@ -209,7 +209,7 @@ def _forward(
         wanted = {"COUNT": count, "CODES": codes is not None, "CHECK": check, "num_warps": tile.warps}
         return wanted | {"STEPS": tuple(float(n) for n in steps)} | made.statics() | _statics(form)
 
-    with _on(device):
+    with on(device):
         launch(
             triton_code.forward,
             made.grid,
@@ -339,7 +339,7 @@ def _backward(
         return {"SIGNED": form.signed, "COUNT": len(steps)} | sizes
 
     scale = operand.scale
-    with _on(device):
+    with on(device):
         launch(
             triton_code.backward,
             made.grid,

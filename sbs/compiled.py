@@ -1,7 +1,7 @@
 """The kernels of `sbs.kernels`, compiled at first use: for the CPU to a library (`sbs.library`), for CUDA by Triton.
 
-On other devices they run eagerly; so does, after a warning, a kernel that cannot be compiled. So do the functions of all
-weights at once (`sbs.weights`), which have kernels of their own for CUDA alone.
+On other devices they run eagerly; so does, after a warning, a kernel that cannot be compiled. Functions of all weights
+at once (`sbs.weights`) have kernels of their own for CUDA alone.
 """
 
 import functools
@@ -85,7 +85,7 @@ class _Compiled(_Fallible):
             self.made.clear()
 
 
-class Grouped(_Fallible):
+class _Grouped(_Fallible):
     """A function of all weights of a network, the first argument a sequence of them: a launch or two on CUDA.
 
     Its kernels return None for what they do not compute.
@@ -107,7 +107,7 @@ class Grouped(_Fallible):
         return self.eager(weights, *args) if found is None else found
 
 
-def _groups_by_triton(function: Grouped, weights: Sequence[Tensor], args: tuple[Any, ...]) -> Any:
+def _groups_by_triton(function: _Grouped, weights: Sequence[Tensor], args: tuple[Any, ...]) -> Any:
     """The function for CUDA."""
     try:
         return _triton("triton_groups")[function.kernel](weights, *args)
@@ -154,7 +154,7 @@ _ROADS: dict[str, Callable[[_Compiled, Operand, Form, tuple[Any, ...]], Any]] = 
     "cuda": _by_triton,
 }
 """By type of device; kernels run eagerly on all others."""
-_GROUPED_ROADS: dict[str, Callable[[Grouped, Sequence[Tensor], tuple[Any, ...]], Any]] = {"cuda": _groups_by_triton}
+_GROUPED_ROADS: dict[str, Callable[[_Grouped, Sequence[Tensor], tuple[Any, ...]], Any]] = {"cuda": _groups_by_triton}
 
 
 def _kind(operand: Operand, form: Form, args: tuple[Any, ...]) -> tuple[object, ...]:
@@ -175,9 +175,9 @@ backward_with_codes = _Compiled(kernels.backward_with_codes, _ONE_LOOP)
 _ALL: list[_Fallible] = [encode, encode_with_check, encode_with_sums, residual_sums, backward, backward_with_codes]
 
 
-def grouped(function: Kernel) -> Grouped:
+def grouped(function: Kernel) -> _Grouped:
     """`function`, by a grouped kernel of its name where there is one."""
-    made = Grouped(function)
+    made = _Grouped(function)
     _ALL.append(made)
     return made
 

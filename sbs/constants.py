@@ -7,6 +7,8 @@ from torch import Tensor
 
 _MOST = 256
 _sent: OrderedDict[tuple[object, ...], Tensor] = OrderedDict()
+_captured: dict[tuple[object, ...], Tensor] = {}
+"""What CUDA graphs read, wherever they are."""
 
 
 def constant(values: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor | None:
@@ -16,17 +18,16 @@ def constant(values: tuple[float, ...], dtype: torch.dtype, device: torch.device
     memory that is gone by then.
     """
     key = (values, dtype, device)
+    captures = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
     found = _sent.get(key)
-    if found is not None:
+    if found is None and not captures:
+        made = torch.tensor(values, dtype=dtype)
+        made = made.pin_memory() if device.type == "cuda" else made
+        found = _sent[key] = made.to(device, non_blocking=True)
+        if len(_sent) > _MOST:
+            _sent.popitem(last=False)
+    elif found is not None:
         _sent.move_to_end(key)
-        return found
-    made = torch.tensor(values, dtype=dtype)
-    if device.type == "cuda":
-        if torch.cuda.is_current_stream_capturing():
-            return None
-        made = made.pin_memory()
-    made = made.to(device, non_blocking=True)
-    _sent[key] = made
-    if len(_sent) > _MOST:
-        _sent.popitem(last=False)
-    return made
+        if captures:
+            _captured[key] = found
+    return found

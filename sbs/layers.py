@@ -4,9 +4,8 @@ A layer holds its candidate bit-widths; with one candidate it is a fixed-bit lay
 step reach it through `context`, which the network sets before its forward pass and clears after the step.
 """
 
-import math
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +15,7 @@ from sbs.kernels import Form, GateMode
 from sbs.memory import spread
 from sbs.quantizer import LINEAR, Affine, QuantizedAffine, Side, codes_type, convolution
 from sbs.space import FULL_PRECISION_BITS, levels
-from sbs.weights import Masks, WeightCodes, moments, weight_codes
+from sbs.weights import Masks, WeightCodes, moments, weight_codes, whole_mask
 
 CLIP_FLOOR_SHARE = 1e-3
 
@@ -47,7 +46,8 @@ class LayerContext:
 _FIXED = LayerContext()
 
 
-class Residuals(NamedTuple):
+@dataclass(frozen=True)
+class Residuals:
     """Residual sums (K - 1,) of activations, and how many they are: `count`, of which channel gates leave `share`."""
 
     sums: Tensor
@@ -183,7 +183,7 @@ class QuantizedLayer(nn.Module):
         """Take the masks of the kept entries; False if they are known to be those that were there."""
         # there looking costs nothing, and multiplying by ones does; elsewhere the network writes to them in place
         if masks and masks[0].device.type == "cpu":
-            whole = math.prod(masks[1:], start=masks[0].clone())
+            whole = whole_mask(masks).clone()
             masks = () if bool(whole.all()) else (whole,)
             if len(masks) == len(self.kept) and all(map(torch.equal, masks, self.kept)):
                 return False
@@ -193,7 +193,7 @@ class QuantizedLayer(nn.Module):
     def kept_weight(self) -> Tensor:
         """The weight's kept entries, flat: those that the compressed layer will hold. Looks at the masks."""
         w: Tensor = self.weight
-        return w[math.prod(self.kept).expand_as(w) > 0] if self.kept else w.flatten()
+        return w[whole_mask(self.kept).expand_as(w) > 0] if self.kept else w.flatten()
 
     def _weight_side(self) -> Side:
         """The weight's side, statistics detached and over the kept weights alone."""

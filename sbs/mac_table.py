@@ -48,8 +48,8 @@ class MacTable(nn.Module):
         self.register_buffer("outputs", torch.tensor(outputs), persistent=False)
         self.register_buffer("inputs", torch.tensor(inputs), persistent=False)
         self.register_buffer("sizes", group_sizes.double(), persistent=False)
-        totals = torch.zeros(len(slices), dtype=torch.float64)
-        self.register_buffer("totals", totals.index_add(0, torch.tensor(owner, dtype=torch.int64), group_sizes.cpu().double()), persistent=False)
+        totals = torch.tensor([float(group_sizes[start:stop].sum()) for start, stop in slices], dtype=torch.float64)
+        self.register_buffer("totals", totals, persistent=False)
         self.register_buffer("owner", torch.tensor(owner, dtype=torch.int64), persistent=False)
         # row of each layer among the searched ones; first and last layers point behind the last row
         self.register_buffer("searched_index", torch.tensor(searched), persistent=False)

@@ -18,10 +18,10 @@ from sbs.kernels import GateMode
 from sbs.layers import LayerContext, QuantizedLayer, check_own_weights, from_float
 from sbs.mac_table import MacTable
 from sbs.modules import first_parameter, put, unwrapped
+from sbs.quantizer import codes_type
 from sbs.settings import settings_of
 from sbs.space import FULL_PRECISION_BITS, SearchSpace, describe, levels
 from sbs.tracing import check_calls, check_unhooked
-from sbs.quantizer import codes_type
 from sbs.weights import Masks, Snapshot, WeightCodes, moments, weight_codes
 
 GATES = ("weight", "activation", "channel")
@@ -126,8 +126,9 @@ class SuperNet(nn.Module):
         self.register_buffer("group_members", members.to(device), persistent=False)
 
     def _index_masks(self, device: torch.device) -> None:
-        """Where `kept_gates` has the gates of each layer's rows and columns: those of all groups, then repeated ones."""
-        own = self.channel_index.cpu().split([group.channels for group in self.graph.groups] if self.group_slices else [0])
+        """Where `kept_gates` has those of a layer's rows and columns: first those of all groups, then repeated ones."""
+        sizes = [group.channels for group in self.graph.groups] if self.group_slices else [0]
+        own = self.channel_index.cpu().split(sizes)
         ends = [0, *itertools.accumulate(map(len, own))]
         index, self._kept_places = list(own), {}
         for info in self.graph.layers if self.group_slices else ():
@@ -205,9 +206,7 @@ class SuperNet(nn.Module):
         gates = [bank.gates() for bank in self.banks()]
         steps = [self._steps(side, bank.detach()) for side, bank in zip(("weight", "activation"), gates, strict=False)]
         weights, units = self._weight_codes(*steps)
-        weight, activation = (
-            self._bit_contexts(bank, own) for bank, own in zip(gates, steps, strict=False)
-        )
+        weight, activation = (self._bit_contexts(bank, own) for bank, own in zip(gates, steps, strict=False))
         channels, shares = None, None
         if self.group_slices:
             channels, shares = self.channel_gates_of(gates[2]), self.macs.shares(gates[2].detach())
@@ -241,7 +240,7 @@ class SuperNet(nn.Module):
     def _weight_codes(
         self, weight_steps: Tensor, activation_steps: Tensor
     ) -> tuple[dict[str, WeightCodes], dict[str, tuple[Tensor, Tensor]]]:
-        """Codes of every quantised weight at its selected bit-width, and units (see LayerContext), all layers together."""
+        """Codes of every quantised weight at its selected bit-width, and units (see LayerContext), all together."""
         layers = self.coded_layers()
         if not layers:
             return {}, {}
@@ -255,7 +254,7 @@ class SuperNet(nn.Module):
             return codes, {}
         inputs = torch.stack([layer.activation_clip.detach() for layer in layers])
         inputs = inputs / torch.cat([activation_steps, self._edge_steps])
-        products = inputs * torch.stack([each.unit for each in made])
+        products = inputs * torch.stack([each.unit for each in made if each.unit is not None])
         return codes, dict(zip(self.coded, zip(inputs.unbind(0), products.unbind(0), strict=True), strict=True))
 
     def _moments(self, layers: list[QuantizedLayer]) -> tuple[Tensor, Tensor]:
@@ -285,7 +284,7 @@ class SuperNet(nn.Module):
         return self.weight_gates, self.activation_gates, self.channel_gates
 
     def coded_layers(self) -> list[QuantizedLayer]:
-        """The layers whose weights are quantised: those that are searched, in the order of their rows, then the others."""
+        """The layers whose weights are quantised: those that are searched, in the order of their rows, then others."""
         named = dict(self.layers())
         return [named[name] for name in self.coded]
 

@@ -1,6 +1,6 @@
 """Kernels over the weights of all layers at once, in Triton's language; `sbs.triton_groups` launches them.
 
-A table says where each layer's weight lies: FIELDS rows of int64, one column a layer. Program i works on the i-th tile of
+A table says where each layer's weight lies: rows of int64, one column a layer. Program i works on the i-th tile of
 BLOCK elements, of the layer whose tiles it falls among. Sums of a tile go to a table of partial sums, (sums, programs);
 a second kernel adds them up, layer by layer and in order, in float64.
 """
@@ -11,8 +11,8 @@ import triton.language as tl
 from sbs.triton_code import _ROUNDER, _codes, _normalized
 
 WEIGHT, SIZE, FIRST, TILES, OFFSET, OUTER, INNER, CHANNELS, MASKS = (tl.constexpr(i) for i in range(9))
-"""Rows of the table: address of the weight; its elements; first tile and how many; where its codes begin; elements of an
-output channel, those of an input channel that lie together, input channels; and for each of two masks, whose product
+"""Rows of the table: address of the weight; its elements; first tile and how many; where its codes begin; elements of
+an output channel, those of an input channel that lie together, input channels; and for each of two masks, whose product
 says what counts, its address (0: none) and its strides."""
 _NAN = tl.constexpr(tl.PropagateNan.ALL)
 _LEAST_STD = tl.constexpr(1e-8)
@@ -38,7 +38,8 @@ def _tile(table_ptr, layers, layer, MASKED: tl.constexpr, BLOCK: tl.constexpr):
     kept = there.to(tl.float32)
     if MASKED:
         outputs = index // tl.load(column + OUTER * layers).to(tl.int32)
-        inputs = index // tl.load(column + INNER * layers).to(tl.int32) % tl.load(column + CHANNELS * layers).to(tl.int32)
+        inputs = index // tl.load(column + INNER * layers).to(tl.int32)
+        inputs = inputs % tl.load(column + CHANNELS * layers).to(tl.int32)
         for mask in tl.static_range(MASKS, MASKS + 6, 3):
             address = tl.load(column + mask * layers)
             place = outputs * tl.load(column + (mask + 1) * layers).to(tl.int32)

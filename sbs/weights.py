@@ -4,7 +4,7 @@ Weights are small tensors, and a network has many: per-layer calls would cost mo
 through the compiled kernels one by one; the results are the same to the bit.
 """
 
-import math
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -23,7 +23,7 @@ _LARGE = 2**16
 
 
 Masks = tuple[Tensor, ...]
-"""Ones where an entry of a weight counts, zeros where not: the product of these, broadcast to the weight; () for all."""
+"""Whose product, broadcast to a weight, has ones where an entry counts, zeros where not; () where all do."""
 
 
 @dataclass(frozen=True)
@@ -115,7 +115,7 @@ def statistics(
     grid: tuple[int, ...],
     masks: Sequence[Masks] = (),
 ) -> Tensor:
-    """mean(r**2) / (s**2 / 12) of what counts of every weight for every step of `grid` but the last: (layers, K - 1)."""
+    """mean(r**2) / (s**2 / 12) of what counts of a weight: (layers, K - 1), for every step of `grid` but the last."""
     found: Tensor = _statistics(weights, shifts, scales.detach(), grid, masks)
     return found
 
@@ -148,8 +148,13 @@ def _count(w: Tensor, masks: Masks) -> Tensor:
     """How many entries of a weight count, 0-dim, float64."""
     if not masks:
         return torch.full((), float(w.numel()), dtype=torch.float64, device=w.device)
-    mask = math.prod(masks[1:], start=masks[0])
+    mask = whole_mask(masks)
     return mask.sum(dtype=torch.float64) * (w.numel() // mask.numel())
+
+
+def whole_mask(masks: Masks) -> Tensor:
+    """The one mask that several stand for."""
+    return functools.reduce(torch.mul, masks)
 
 
 def _mask(tensors: Sequence[Tensor], masks: Sequence[Masks]) -> None:
@@ -160,10 +165,7 @@ def _mask(tensors: Sequence[Tensor], masks: Sequence[Masks]) -> None:
 
 
 @compiled.grouped
-def _encode(
-    weights: Sequence[Tensor], shifts: Tensor, scales: Tensor, levels: Tensor, _: torch.dtype
-) -> list[Tensor]:
-    shifts, scales, levels = shifts.unbind(0), scales.unbind(0), levels.unbind(0)
+def _encode(weights: Sequence[Tensor], shifts: Tensor, scales: Tensor, levels: Tensor, _: torch.dtype) -> list[Tensor]:
     with torch.no_grad():
         result: list[Tensor | None] = [None] * len(weights)
         small = []
@@ -172,7 +174,7 @@ def _encode(
                 small.append(i)
                 continue
             tensor = dense(w.detach())
-            operand = Operand(memory_view(tensor, False), None, shifts[i], scales[i].detach(), levels[i])
+            operand = Operand(memory_view(tensor, False), None, shifts[i], scales[i], levels[i])
             form = Form(True, GateMode.NONE, (1,))
             result[i] = restore(compiled.encode(operand, form, tensor.dtype), tensor)
         if small:
@@ -195,14 +197,13 @@ def _statistics(
     grid: tuple[int, ...],
     masks: Sequence[Masks],
 ) -> Tensor:
-    shifts, scales = shifts.unbind(0), scales.unbind(0)
     masks = masks or [()] * len(weights)
     with torch.no_grad():
         alone = [w.numel() >= _LARGE and not m for w, m in zip(weights, masks, strict=True)]
         rows: dict[int, Tensor] = {}
         for i, w in enumerate(weights):
             if alone[i]:
-                operand = Operand(memory_view(dense(w.detach()), False), None, shifts[i], scales[i].detach(), shifts[i])
+                operand = Operand(memory_view(dense(w.detach()), False), None, shifts[i], scales[i], shifts[i])
                 sums: Tensor = compiled.residual_sums(operand, Form(True, GateMode.NONE, grid))
                 rows[i] = sums / w.numel()
         rest = [i for i in range(len(weights)) if not alone[i]]

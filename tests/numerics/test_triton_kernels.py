@@ -21,6 +21,7 @@ import pytest
 import torch
 
 from sbs.kernels import Form, GateMode
+from tests.numerics import group_cases
 from tests.numerics.triton_cases import Case, compare
 
 pytestmark = pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed (pip install triton)")
@@ -37,7 +38,10 @@ BOTH = ("encode_with_sums", "backward_with_codes")
 
 
 def _compare_all() -> None:
+    from sbs import triton_groups
     from sbs import triton_kernels as made
+
+    group_cases.compare(triton_groups, group_cases.SMALL, "cpu")
 
     # bfloat16 is truncated by the interpreter: gradients differ in their last bit
     low = {"dx_rtol": 2**-7}
@@ -183,6 +187,22 @@ def test_compiled_kernels_read_and_write_all_once_in_vectors_of_16_bytes(made, k
         # rounded before it is added to: only where `tl.fma` stands is it not
         assert "mul.f32" not in loop
         assert "add.f32" not in loop
+
+
+def test_compiled_kernels_of_all_weights_keep_to_registers(made):
+    from sbs import triton_groups
+
+    given = group_cases.weights(group_cases.SMALL, "cpu")
+    vector = torch.ones(len(given))
+    for own in ([()] * len(given), group_cases.masks(given)):
+        triton_groups.moments(given, own)
+        triton_groups.statistics(given, vector, vector, group_cases.GRID, own)
+    triton_groups.encode(given, vector, vector, vector, torch.bfloat16)
+    compiled = [each for each in made if isinstance(each, Made)]
+    assert {each.name for each in compiled} == {"moments", "add_moments", "residuals", "add_residuals", "encode"}
+    for each in compiled:
+        assert each.local_bytes == 0, each.name
+        assert each.registers <= 96, each.name
 
 
 def test_a_kernel_is_compiled_once_for_layers_of_any_size(made):

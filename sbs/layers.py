@@ -4,6 +4,7 @@ A layer holds its candidate bit-widths; with one candidate it is a fixed-bit lay
 step reach it through `context`, which the network sets before its forward pass and clears after the step.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -110,6 +111,7 @@ class QuantizedLayer(nn.Module):
         self.kept: Masks = ()
         self.pending_activation: Residuals | None = None
         self.observed: list[Tensor] | None = None
+        self.siblings: Any = None  # of sbs.siblings, where there are any
         like = self.weight.detach()
         for side, bits in (("weight", settings.weight_bits), ("activation", settings.activation_bits)):
             quantized = bits != (FULL_PRECISION_BITS,)
@@ -120,8 +122,7 @@ class QuantizedLayer(nn.Module):
             else:
                 self.register_buffer(f"{side}_clip", clip)
             self.register_buffer(f"{side}_clip_floor", like.new_tensor(CLIP_FLOOR_SHARE))
-            top = float(levels(bits[-1])) if quantized else 1.0
-            self.register_buffer(f"_{side}_levels", like.new_tensor(top), persistent=False)
+            self.register_buffer(f"_{side}_levels", like.new_tensor(self.steps(side)), persistent=False)
         self.register_buffer("_zero", like.new_zeros(()), persistent=False)
         self.register_buffer("_given_codes", None, persistent=False)
         self.register_buffer("_given_scale", None, persistent=False)
@@ -151,6 +152,11 @@ class QuantizedLayer(nn.Module):
                 "not its `model` or a part of that"
             )
         return self.context or _FIXED
+
+    def steps(self, side: str) -> float:
+        """n of the widest candidate of a side, 1 where it is not quantised."""
+        bits = self.settings.weight_bits if side == "weight" else self.settings.activation_bits
+        return 1.0 if bits == (FULL_PRECISION_BITS,) else float(levels(bits[-1]))
 
     @property
     def quantizes_weight(self) -> bool:
@@ -195,9 +201,8 @@ class QuantizedLayer(nn.Module):
         w: Tensor = self.weight
         return w[whole_mask(self.kept).expand_as(w) > 0] if self.kept else w.flatten()
 
-    def _weight_side(self) -> Side:
+    def _weight_side(self, c: LayerContext) -> Side:
         """The weight's side, statistics detached and over the kept weights alone."""
-        c = self._context()
         selected = self._weight_levels if c.weight_levels is None else c.weight_levels
         given = c.weight or self.given_codes()
         if given is None:
@@ -207,8 +212,8 @@ class QuantizedLayer(nn.Module):
         form = Form(True, GateMode.NONE, tuple(levels(b) for b in self.settings.weight_bits))
         return Side(form, selected, given.shift, given=given, unit=given.unit)
 
-    def _activation_side(self) -> Side:
-        c, s = self._context(), self.settings
+    def _activation_side(self, c: LayerContext) -> Side:
+        s = self.settings
         grid = tuple(levels(b) for b in s.activation_bits)
         selected = self._activation_levels if c.activation_levels is None else c.activation_levels
         mode = s.gate_mode if c.channel_gate is not None else GateMode.NONE
@@ -240,13 +245,14 @@ class QuantizedLayer(nn.Module):
         if not self.quantizes_activation and not self.quantizes_weight:
             y = affine.forward(x, self.weight)
         else:
-            y = self._quantized(x, affine, gate)
+            y = self._quantized(x, affine, c, gate)
         return y if self.bias is None else self._add_bias(y)
 
-    def _quantized(self, x: Tensor, affine: Affine, gate: Tensor | None) -> Tensor:
-        c = self._context()
-        x_side = self._activation_side() if self.quantizes_activation else None
-        w_side = self._weight_side() if self.quantizes_weight else None
+    def _quantized(self, x: Tensor, affine: Affine, c: LayerContext, gate: Tensor | None) -> Tensor:
+        if self.siblings is not None and not torch.compiler.is_compiling():
+            c = self.siblings.context(self)
+        x_side = self._activation_side(c) if self.quantizes_activation else None
+        w_side = self._weight_side(c) if self.quantizes_weight else None
         # a file has but the scale: no gradient can reach the clip
         w_clip = self._zero if w_side is None or self._given_codes is not None else self.weight_clip
         x_gates = self._no_gates if c.activation_gates is None else c.activation_gates
@@ -307,6 +313,16 @@ class QuantLinear(nn.Linear, QuantizedLayer):
     def forward(self, x: Tensor) -> Tensor:
         """(N, F) -> (N, O)."""
         return self.apply_quantized(x, LINEAR)
+
+
+@torch.no_grad()
+def units(
+    layers: Sequence[QuantizedLayer], weights: Sequence[WeightCodes], steps: Tensor
+) -> list[tuple[Tensor, Tensor]]:
+    """What LayerContext holds of each layer; steps: n of the layers' inputs, (layers,)."""
+    inputs = torch.stack([layer.activation_clip for layer in layers]) / steps
+    products = inputs * torch.stack([each.unit for each in weights if each.unit is not None])
+    return list(zip(inputs.unbind(0), products.unbind(0), strict=True))
 
 
 @torch.no_grad()

@@ -15,7 +15,7 @@ from sbs.errors import SbsError
 from sbs.gates import GateBank, selected
 from sbs.graph import NetworkGraph, analyze
 from sbs.kernels import GateMode
-from sbs.layers import LayerContext, QuantizedLayer, check_own_weights, from_float
+from sbs.layers import LayerContext, QuantizedLayer, check_own_weights, from_float, units
 from sbs.mac_table import MacTable
 from sbs.modules import first_parameter, put, unwrapped
 from sbs.quantizer import codes_type
@@ -205,7 +205,7 @@ class SuperNet(nn.Module):
         layers[0].check_type()
         gates = [bank.gates() for bank in self.banks()]
         steps = [self._steps(side, bank.detach()) for side, bank in zip(("weight", "activation"), gates, strict=False)]
-        weights, units = self._weight_codes(*steps)
+        weights, scaling = self._weight_codes(*steps)
         weight, activation = (self._bit_contexts(bank, own) for bank, own in zip(gates, steps, strict=False))
         channels, shares = None, None
         if self.group_slices:
@@ -223,7 +223,7 @@ class SuperNet(nn.Module):
             wg, wl = (None, None) if row is None else weight[row]
             ag, al = (None, None) if row is None else activation[row]
             layer.context = LayerContext(
-                weights.get(info.name), units.get(info.name), wg, wl, ag, al, gate, share, collect=self.training
+                weights.get(info.name), scaling.get(info.name), wg, wl, ag, al, gate, share, collect=self.training
             )
 
     def _steps(self, side: str, gates: Tensor) -> Tensor:
@@ -252,10 +252,8 @@ class SuperNet(nn.Module):
         codes = dict(zip(self.coded, made, strict=True))
         if not whole or self.space.activation_bits == (FULL_PRECISION_BITS,):
             return codes, {}
-        inputs = torch.stack([layer.activation_clip.detach() for layer in layers])
-        inputs = inputs / torch.cat([activation_steps, self._edge_steps])
-        products = inputs * torch.stack([each.unit for each in made if each.unit is not None])
-        return codes, dict(zip(self.coded, zip(inputs.unbind(0), products.unbind(0), strict=True), strict=True))
+        own = units(layers, made, torch.cat([activation_steps, self._edge_steps]))
+        return codes, dict(zip(self.coded, own, strict=True))
 
     def _moments(self, layers: list[QuantizedLayer]) -> tuple[Tensor, Tensor]:
         """Mean and deviation of the kept weights; those that after_step left serve the next training pass, once."""

@@ -252,7 +252,7 @@ def backward(
         if SIGNED:
             quantized = 2.0 * quantized - 1.0
         if MODE == AFTER:
-            product = g * quantized * scale
+            product = g * quantized  # times the scale, in the end
             if CHANNEL_FOLD > 1:
                 product = _folded(product, CHANNEL_FOLD)
             dgate += product
@@ -278,6 +278,8 @@ def backward(
             dx = tl.where(passes, dx, 0.0)
         tl.store(dx_ptr + start + within, dx.to(dx_ptr.dtype.element_ty), mask=there)
     _store_sums(sums, partials_ptr, COUNT)
+    if MODE == AFTER:
+        dgate = dgate * scale
     if MODE == BEFORE or MODE == AFTER:
         row = tl.program_id(1) + tl.num_programs(1) * tl.program_id(2)
         if LAYOUT == PIXELS:

@@ -28,6 +28,8 @@ _LONG = 2**31
 _INTERPRETED_PROGRAMS = 6
 # lanes that may lie beside the tensor, as a share of a block's width
 _LEAST_USED = 0.85
+# elements of the narrowest floats in a line of the cache: blocks as wide are as good as wider ones
+_LINE = 64
 _BLOCK = 1024
 _TABLE = (32, 64)
 
@@ -41,7 +43,8 @@ class Tile(NamedTuple):
 
 
 # what was fastest on an H100 (scripts/gpu/bench_kernels.py --tune)
-TILES = {"forward": Tile(2048, 4, 8), "backward": Tile(1024, 4, 8)}
+TILES = {"forward": Tile(2048, 4, 8), "backward": Tile(1024, 4, 8), "gated backward": Tile(1024, 4, 6)}
+"""Programs that have no room at once wait for the others to end, and then run alone: a gate's take 72 registers."""
 
 
 class Plan(NamedTuple):
@@ -117,11 +120,16 @@ def _unit(size: int) -> int:
 
 
 def _columns(width: int, elements: int) -> int:
-    """The widest block of a power of two that leaves few lanes idle."""
+    """The widest block of a power of two that leaves few lanes idle, or from a line on the fewest."""
     sizes = [size for size in (16, 32, 64, 128) if size <= elements]
     used = {size: width / (math.ceil(width / size) * size) for size in sizes}
     good = [size for size in sizes if used[size] >= _LEAST_USED]
-    return max(good) if good else max(sizes, key=lambda size: (used[size], size))
+    whole = [size for size in good if size >= _LINE]
+    return max(whole or sizes, key=lambda size: (used[size], size)) if whole or not good else max(good)
+
+
+def _backward_tile(form: Form) -> Tile:
+    return TILES["backward" if form.mode is GateMode.NONE else "gated backward"]
 
 
 def _planned(operand: Operand, form: Form, tile: Tile, *others: Tensor) -> Plan | None:
@@ -286,7 +294,7 @@ Gradients = tuple[Tensor, Tensor, Tensor, Tensor | None]
 def backward(operand: Operand, form: Form, grad: Tensor, grad_scale: Tensor, bit_gates: Tensor) -> Gradients:
     """As `kernels.backward`."""
     form = _reduced(form, operand.gate, _CHANNEL_SUMS)
-    made = _planned(operand, form, TILES["backward"], grad, grad_scale, bit_gates)
+    made = _planned(operand, form, _backward_tile(form), grad, grad_scale, bit_gates)
     if made is None:
         return kernels.backward(operand, form, grad, grad_scale, bit_gates)
     return _backward(operand, form, made, grad, grad_scale, bit_gates, codes=None)
@@ -297,7 +305,7 @@ def backward_with_codes(
 ) -> tuple[Gradients, Tensor]:
     """As `kernels.backward_with_codes`."""
     form = _reduced(form, operand.gate, _CHANNEL_SUMS)
-    made = _planned(operand, form, TILES["backward"], grad, grad_scale, bit_gates)
+    made = _planned(operand, form, _backward_tile(form), grad, grad_scale, bit_gates)
     if made is None:
         return kernels.backward_with_codes(operand, form, grad, grad_scale, bit_gates)
     codes = torch.empty_like(operand.x, dtype=grad.dtype)
@@ -314,7 +322,7 @@ def _backward(
     *,
     codes: Tensor | None,
 ) -> Gradients:
-    x, gate, steps, tile = operand.x, _gate(operand, form), form.grid, TILES["backward"]
+    x, gate, steps, tile = operand.x, _gate(operand, form), form.grid, _backward_tile(form)
     device = x.device
     if grad.stride() != x.stride():
         grad = torch.empty_like(x, dtype=grad.dtype).copy_(grad)

@@ -2,13 +2,13 @@
 # PYTHON=python3.12 picks the interpreter, TORCH_INDEX=... where torch comes from, ARGS="..." goes to the command at the end.
 SHELL := /bin/sh
 PY := .venv/bin/python
-export PYTHON TORCH_INDEX
+export PYTHON TORCH_INDEX GPU_PYTHON GPU_VENV
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint bench chaos services lock
+.PHONY: help setup demo test lint bench chaos services lock gpu gpu-rehearsal
 
 help: ## What can be made
-	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "  make %-9s %s\n", $$1, $$2}' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-13s %s\n", $$1, $$2}' Makefile
 
 setup: ## Virtual environment, pinned packages, FFCV; nothing to do the second time
 	@sh scripts/setup.sh scripts.bootstrap
@@ -31,6 +31,12 @@ bench: setup ## Figures beside their limits; ends with 1 when one is missed (ARG
 N ?= 20
 chaos: setup ## Kill training runs at random moments, N=20 times; ends with 1 unless all go on as if nothing had been
 	@$(PY) -m tests.chaos --kills $(N) $(ARGS)
+
+gpu: setup ## What a bare machine with a GPU lacks, into .gpu, and how to prove the project there (docs/gpu.md)
+	@$(PY) -m scripts.gpu.prepare
+
+gpu-rehearsal: gpu ## The same on this machine's CPU, in an environment like that of the bare machine (GPU_VENV=... says where)
+	@$(PY) -m scripts.gpu.rehearse $(ARGS)
 
 services: ## Daemons for the tests that want them: SLURM, PostgreSQL, Chromium (Debian, root or sudo); starts none
 	@sh scripts/setup.sh scripts.services

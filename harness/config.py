@@ -13,7 +13,15 @@ from harness.errors import UserError, nearest, require_file
 from harness.settings import apply_override, explain
 
 Method = Literal[
-    "full_precision", "sbs", "sbs_prune", "sbs_quant", "uniform_2", "uniform_4", "uniform_8", "prune_then_quant"
+    "full_precision",
+    "sbs",
+    "sbs_prune",
+    "sbs_quant",
+    "uniform_2",
+    "uniform_4",
+    "uniform_8",
+    "prune_then_quant",
+    "policy",
 ]
 ModelName = Literal[
     "resnet20",
@@ -108,10 +116,12 @@ class TrainConfig(Section):
 
 
 class SearchConfig(TrainConfig):
-    """The search stage and the method; thresholds are dimensionless and have learning rates of their own.
+    """The search stage and the method.
 
     What drives the search is one of `lambda`, `budget` (share of full precision's BOPs) and `gbops`. `snapshots`:
     falling budgets whose networks all come from one search; `budget` says which of them is wanted (else the last).
+    `policy`: file of the policy that method `policy` trains. `norm_batches`: training batches from which batch norms
+    are estimated anew before a network is validated in a search, frozen or finished; 0 leaves running statistics.
     """
 
     method: Method = "sbs"
@@ -119,15 +129,35 @@ class SearchConfig(TrainConfig):
     budget: Annotated[float | None, Field(gt=0.0, le=1.0)] = None
     gbops: Positive | None = None
     snapshots: tuple[Annotated[float, Field(gt=0.0, le=1.0)], ...] = ()
-    bit_threshold_lr: NonNegative = 0.01
-    prune_threshold_lr: NonNegative = 0.01
+    policy: str | None = None
     weight_bits: tuple[Count, ...] = (2, 4, 8)
     activation_bits: tuple[Count, ...] = (2, 4, 8)
     group_size: Count = 4
     max_prune_share: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.7
     prune_only_bits: Literal[8, 32] = 32
-    bop_gradient: Literal["alternate", "joint"] = "alternate"
+    bop_gradient: Literal["alternate", "joint"] = "joint"
     calibration_batches: Count = 4
+    norm_batches: Annotated[int, Field(ge=0)] = 16
+
+    @model_validator(mode="before")
+    @classmethod
+    def _thresholds_have_no_rates(cls, tree: Any) -> Any:
+        gone = [key for key in ("bit_threshold_lr", "prune_threshold_lr") if isinstance(tree, Mapping) and key in tree]
+        if gone:
+            raise ValueError(
+                f"`search.{gone[0]}` = {tree[gone[0]]!r} is gone: remove it. Thresholds move at a pace of their own "
+                "that fits any network, batch size and number of epochs (docs/method.md, section 3)"
+            )
+        return tree
+
+    @model_validator(mode="after")
+    def _policy_is_set(self) -> Self:
+        if (self.method == "policy") != (self.policy is not None):
+            raise ValueError(
+                "`policy` and `method = 'policy'` go together: name the file of the policy to train, e.g. "
+                "policy = 'policy.json', or choose another method"
+            )
+        return self
 
     @model_validator(mode="after")
     def _pressure_is_set(self) -> Self:
@@ -190,6 +220,7 @@ class RunConfig(Section):
     threads: Count = 1
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     compile: bool = False
+    cuda_graph: Literal["auto"] | bool = "auto"
     deterministic: bool = True
     sync_batchnorm: bool = False
     flip_tta: bool = False
@@ -205,6 +236,16 @@ class RunConfig(Section):
     def _run_is_possible(self) -> Self:
         if isinstance(self.workers, tuple) and self.workers[0] > self.workers[1]:
             raise ValueError(f"workers = {list(self.workers)} must be [min, max] with min <= max")
+        if self.gpus_per_worker > 1 and self.gpus_per_worker % 1:
+            raise ValueError(
+                f"gpus_per_worker = {self.gpus_per_worker:g} is no whole number: a rank uses one GPU; set it to 1"
+            )
+        if 0 < self.gpus_per_worker < 1 < self.max_workers:
+            workers = self.workers if isinstance(self.workers, int) else list(self.workers)
+            raise ValueError(
+                f"gpus_per_worker = {self.gpus_per_worker:g} with workers = {workers} puts several ranks on one GPU, "
+                "which NCCL refuses: set gpus_per_worker = 1, or workers = 1 (several trials may share a GPU)"
+            )
         if self.sync_batchnorm and not self.gpus_per_worker:
             raise ValueError("`sync_batchnorm` needs GPUs (NCCL): set gpus_per_worker, or leave it out")
         return self
@@ -324,7 +365,12 @@ def _recipe_text(name_or_path: str) -> tuple[str, str]:
 
 def searches(method: str) -> bool:
     """Whether a method searches, under the pressure of lambda or towards a budget."""
-    return not (method == "full_precision" or method.startswith("uniform_"))
+    return method != "full_precision" and not is_fixed(method)
+
+
+def is_fixed(method: str) -> bool:
+    """Whether a method trains a policy that is given from the start."""
+    return method == "policy" or method.startswith("uniform_")
 
 
 def scaled_lr(stage: TrainConfig, batch_size: int) -> float:

@@ -13,13 +13,14 @@ from typing import Any, Literal, NoReturn
 import torch
 from torch import nn
 
+from harness.arithmetic import autocast
 from harness.checkpoint import CheckpointFolder, State, remove_torn
 from harness.config import Recipe, TrialSpec
 from harness.data import data_checksum
 from harness.data.loader import Loader, open_data
 from harness.errors import Preempted, UserError
 from harness.metrics import Scores, evaluate
-from harness.ranks import Ranks, autocast
+from harness.ranks import Ranks
 from harness.remote import RemoteCopy
 from harness.run_dir import MetricsLog, RecordKind, RunDir
 from harness.settings import LEAVE_SIGNALS
@@ -57,7 +58,8 @@ class LeaveRequest:
         """True from the first request on; looks at the file at most twice a second."""
         if not self._asked and self._watch_file and time.monotonic() >= self._next_look:
             self._next_look = time.monotonic() + _STOP_FILE_INTERVAL_S
-            self._asked = self._run.stop_requested()
+            if self._run.stop_requested():  # no plain assignment: a signal may come during the look
+                self._asked = True
         return self._asked
 
     @contextmanager

@@ -24,9 +24,9 @@ from urllib.parse import unquote, urlsplit
 from packaging.requirements import Requirement
 
 from harness.settings import DEFAULT_RUNS_DIR
+from harness.version import DISTRIBUTION
 
 Status = Literal["ok", "warn", "fail"]
-DISTRIBUTION = "sbs-harness"
 PACKAGES = ("sbs", "harness", "sweeps", "slurm")
 SETUP_AGAIN = "run `make setup`"
 GIB = 2**30

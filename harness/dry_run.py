@@ -37,11 +37,13 @@ def dry_run(recipe: Recipe, init: Path | None = None) -> dict[str, Any]:
 def shortened(recipe: Recipe) -> Recipe:
     """The recipe in one process, with one epoch a stage and the smallest batches that its accumulation allows."""
     stages = {"pretrain": recipe.pretrain, "search": recipe.search, "finetune": recipe.finetune}
+    gpus = recipe.run.gpus_per_worker if torch.cuda.is_available() else 0.0
+    compiled = recipe.run.compile and gpus > 0  # on a CPU it would take minutes
     images = max(stage.accumulate for stage in stages.values()) * _IMAGES_PER_PART
     return recipe.model_copy(
         update={
             "data": recipe.data.model_copy(update={"batch_size": images, "eval_batch_size": images}),
-            "run": recipe.run.model_copy(update={"workers": 1, "gpus_per_worker": _gpus(recipe)}),
+            "run": recipe.run.model_copy(update={"workers": 1, "gpus_per_worker": gpus, "compile": compiled}),
         }
         | {
             name: stage.model_copy(update={"epochs": min(1, stage.epochs), "warmup_epochs": 0.0})
@@ -50,14 +52,10 @@ def shortened(recipe: Recipe) -> Recipe:
     )
 
 
-def _gpus(recipe: Recipe) -> float:
-    return recipe.run.gpus_per_worker if torch.cuda.is_available() else 0.0
-
-
 class _MadeUp:
     """A loader of two batches of noise, like `harness.data.Loader`."""
 
-    stack, order, memory = "made-up images", "made up", "made up"
+    stack, order, memory, waited_s = "made-up images", "made up", "made up", 0.0
 
     def __init__(self, data: Any, split: str, *, batch_size: int, device: torch.device, **_: Any) -> None:
         self._size = data.image_size if split == "train" else data.eval_image_size or data.image_size

@@ -10,13 +10,14 @@ import torch
 from torch import nn
 
 import sbs
+from harness.arithmetic import arithmetic, autocast
 from harness.checkpoint import State, load_any, load_weights
 from harness.config import Recipe, load_recipe, parse_recipe
 from harness.data import open_data
 from harness.errors import UserError
 from harness.metrics import evaluate
 from harness.networks import example_input, full_precision, restored
-from harness.ranks import arithmetic, autocast, joined, set_norm_statistics
+from harness.ranks import joined, set_norm_statistics
 from harness.run_dir import RunDir, read_json
 
 _STAGES = ("finetune", "compress", "search", "pretrain")

@@ -5,19 +5,20 @@ import json
 from pathlib import Path
 from typing import Any
 
-from harness.config import DRIVES, Recipe, SearchConfig, searches
+from harness.config import DRIVES, Recipe, SearchConfig, is_fixed, searches
 from harness.errors import require_file
 from harness.settings import STAGE_FORMAT
 
 # What a method does not look at stays out of its identity, so that an override of it does not make a new trial.
-_QUANT_KEYS = {"weight_bits", "activation_bits", "bop_gradient", "bit_threshold_lr"}
-_PRUNE_KEYS = {"group_size", "max_prune_share", "prune_threshold_lr"}
-_BASELINE_SEARCH_KEYS = {"method", "epochs", "calibration_batches"}
+_QUANT_KEYS = {"weight_bits", "activation_bits", "bop_gradient"}
+_PRUNE_KEYS = {"group_size", "max_prune_share"}
+_BASELINE_SEARCH_KEYS = {"method", "epochs", "calibration_batches", "norm_batches"}
+_WEIGHTS_REMEDY = "Give a state dict saved by torch.save, or leave the key out."
 _NEUTRAL_DATA_KEYS = {"source", "dir", "workers", "memory"}  # the checksum says what the images are
 # These change where or how safely a trial runs, not what comes out.
 _NEUTRAL_RUN_KEYS = {
     "cpus_per_worker", "checkpoint_every_s", "checkpoint_every_steps", "keep_checkpoints", "max_restarts",
-    "stall_limit_s", "profile_steps", "remote",
+    "stall_limit_s", "profile_steps", "remote", "cuda_graph",
 }  # fmt: skip
 
 
@@ -28,15 +29,17 @@ def identity(recipe: Recipe, data_checksum: str) -> dict[str, Any]:
     if method == "full_precision":
         tree["search"] = {"method": method}
         del tree["finetune"]
-    elif method.startswith("uniform_"):
+    elif is_fixed(method):
         tree["search"] = {key: tree["search"][key] for key in _BASELINE_SEARCH_KEYS}
+        if recipe.search.policy is not None:
+            tree["search"]["policy"] = policy_digest(recipe.search)
     else:
         ignored = {"sbs_prune": _QUANT_KEYS, "sbs_quant": _PRUNE_KEYS | {"prune_only_bits"}, "sbs": {"prune_only_bits"}}
         tree["search"] = {k: v for k, v in tree["search"].items() if k not in ignored.get(method, set())}
         tree["search"] = _named_drive(tree["search"])
     tree["run"] = {k: v for k, v in tree["run"].items() if k not in _NEUTRAL_RUN_KEYS}
     tree["data"] = {k: v for k, v in tree["data"].items() if k not in _NEUTRAL_DATA_KEYS} | {"checksum": data_checksum}
-    tree["model"]["weights"] = _digest_of_weights(recipe.model.weights)
+    tree["model"]["weights"] = _digest_of_file(recipe.model.weights, "model.weights", _WEIGHTS_REMEDY)
     tree["stage_format"] = STAGE_FORMAT
     return tree
 
@@ -59,10 +62,17 @@ def digest(tree: Any) -> str:
     return hashlib.sha256(json.dumps(tree, sort_keys=True, separators=(",", ":")).encode()).hexdigest()[:16]
 
 
+def policy_digest(search: SearchConfig) -> str | None:
+    """SHA-256 of the policy's file that method `policy` trains; `UserError` if there is none."""
+    return _digest_of_file(search.policy, "search.policy", "Give the policy.json of a trial, or one in its format.")
+
+
 def trial_label(recipe: Recipe) -> str:
     """A short name for people and folders, e.g. `resnet20-sbs-lambda0.3-seed0`."""
     method = recipe.search.method
     drive = f"-{drive_label(recipe.search)}" if searches(method) else ""
+    if recipe.search.policy is not None:
+        drive = f"-{str(policy_digest(recipe.search))[:6]}"
     return f"{recipe.model.name}-{method}{drive}-seed{recipe.run.seed}"
 
 
@@ -75,9 +85,8 @@ def drive_label(search: SearchConfig) -> str:
     return f"{'snapshot' if search.snapshots else 'budget'}{search.budget or search.snapshots[-1]:g}"
 
 
-def _digest_of_weights(weights: str | None) -> str | None:
-    if weights is None:
+def _digest_of_file(name: str | None, key: str, remedy: str) -> str | None:
+    if name is None:
         return None
-    path = require_file(Path(weights), "model.weights", "Give a state dict saved by torch.save, or leave the key out.")
-    with path.open("rb") as file:
+    with require_file(Path(name), key, remedy).open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

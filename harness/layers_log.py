@@ -11,7 +11,9 @@ COLUMNS = ("name", "weight_bits", "activation_bits", "kept_out", "bops")
 
 
 def layers_of(net: nn.Module) -> dict[str, Any]:
-    """{"layers": [a list of `COLUMNS` for each layer], "margins": as `sbs.margins`}, or {} where nothing is searched.
+    """{"layers": [a list of `COLUMNS` for each layer], "margins": as `sbs.margins`, "flips": as `sbs.flips`}.
+
+    {} where nothing is searched.
 
     BOPs for one image by the convention mac_product. Pure arithmetic over the gates: milliseconds, no forward pass.
     """
@@ -22,4 +24,8 @@ def layers_of(net: nn.Module) -> dict[str, Any]:
         name: {kind: [float(f"{value:.3g}") for value in values] for kind, values in gates.items()}
         for name, gates in sbs.margins(net).items()
     }
-    return {"layers": [[getattr(layer, name) for name in COLUMNS] for layer in report.layers], "margins": margins}
+    return {
+        "layers": [[getattr(layer, name) for name in COLUMNS] for layer in report.layers],
+        "margins": margins,
+        "flips": sbs.flips(net),
+    }

@@ -7,7 +7,6 @@ would have made: order of data, random draws and learning rate are functions of 
 
 import logging
 import time
-from collections import deque
 from dataclasses import dataclass
 
 import torch
@@ -17,6 +16,7 @@ from harness.context import Context
 from harness.data.loader import Loader
 from harness.errors import TrainingError
 from harness.layers_log import layers_of
+from harness.losses import LossWatch, StepLoss
 from harness.machine import Sampler
 from harness.metrics import Scores, Stopwatch
 from harness.step import Job, Stepper
@@ -26,7 +26,6 @@ log = logging.getLogger(__name__)
 
 # What the ranks may agree upon, the gravest wins.
 _GO_ON, _CHECKPOINT, _LEAVE, _GIVE_UP = range(4)
-_LOSSES_IN_FLIGHT = 4
 
 
 @dataclass
@@ -57,7 +56,7 @@ class StageLoop:
         )
         self._machine = Sampler(ranks.device)
         self._fault = ""
-        self._losses: deque[tuple[torch.Tensor, int, int]] = deque()
+        self._losses = LossWatch(ranks.device)
         self._begin_s = self._last_checkpoint_s = time.monotonic()
         self._earlier_s = calibration_s
         if state is not None:
@@ -72,6 +71,7 @@ class StageLoop:
             watch = Stopwatch()
             self._train_epoch(watch)
             speed = watch.report(self.ranks.device)
+            self.stepper.own_norms()
             scores = self.context.evaluate(self.stepper.weights(), before_leaving=self.checkpoint)
             self._finish_epoch(scores, speed)
         self._profiler.close()
@@ -94,14 +94,13 @@ class StageLoop:
         batches = iter(self._loader.epoch(self.at.epoch, skip=self.at.batch))
         while self.at.batch < steps:
             agreed = self.ranks.begin_max(max(self._wish(), self._due()))
-            begin_s = time.perf_counter()
+            waited_s = self._loader.waited_s
             self.context.beat("waiting for data")
             images, labels = next(batches)
-            wait_s = time.perf_counter() - begin_s
             self.context.beat(f"at step {self.global_step()}")
             self._step(images, labels)
             self._profiler.step()
-            watch.step(len(labels) * self.ranks.world, wait_s)
+            watch.step(len(labels) * self.ranks.world, self._loader.waited_s - waited_s)
             self.context.progress(self.at.epoch, self.job.config.epochs, self.global_step(), watch.images_per_s())
             self._act(agreed())
         self._give_up_on_faults()  # the last step's weights have no loss yet that could tell
@@ -109,8 +108,7 @@ class StageLoop:
     def _step(self, images: torch.Tensor, labels: torch.Tensor) -> None:
         sums, loss = self.stepper.step(images, labels, self.at.step, len(self._loader))
         self._sums += sums
-        self._losses.append((loss, self.global_step(), self.at.batch))
-        self._check_losses(0 if loss.device.type == "cpu" else _LOSSES_IN_FLIGHT)
+        self._blame(self._losses.add(loss, self.global_step(), self.at.batch))
         self.at.batch += 1
         self.at.step += 1
 
@@ -182,18 +180,16 @@ class StageLoop:
         if agreed == _LEAVE:
             self.context.depart()
 
-    def _check_losses(self, leave: int) -> None:
-        """Look at all but the last `leave` losses; on a GPU those are still being computed and looking would wait."""
-        while len(self._losses) > leave:
-            loss, step, batch = self._losses.popleft()
-            if not self._fault and not bool(torch.isfinite(loss)):
-                images = list(self._loader.indices(self.at.epoch, batch))
-                place = f"step {step}, batch {batch} of epoch {self.at.epoch}, rank {self.ranks.rank}, images {images}"
-                self._fault = f"the loss is {loss.item()} in {self.job.stage} ({place})"
+    def _blame(self, found: StepLoss | None) -> None:
+        if found is None or self._fault:
+            return
+        images = list(self._loader.indices(self.at.epoch, found.batch))
+        place = f"step {found.step}, batch {found.batch} of epoch {self.at.epoch}"
+        self._fault = f"the loss is {found.loss} in {self.job.stage} ({place}, rank {self.ranks.rank}, images {images})"
 
     def _give_up_on_faults(self) -> None:
         """Make sure that all losses so far and all weights of all ranks are finite; every rank calls this."""
-        self._check_losses(0)
+        self._blame(self._losses.bad(wait=True))
         if not self._fault and not self.stepper.finite():
             self._fault = f"a weight is not finite in {self.job.stage} after step {self.global_step()}"
         if self.ranks.max(bool(self._fault)):

@@ -10,8 +10,9 @@ from torch import nn
 import sbs
 from harness.checkpoint import State, load_weights
 from harness.config import Recipe
-from harness.errors import UserError
+from harness.errors import UserError, require_file
 from harness.ranks import seed_step
+from sbs.errors import SbsError
 from sbs.space import FULL_PRECISION_BITS
 
 
@@ -46,6 +47,24 @@ def compressed(recipe: Recipe, policy: dict[str, Any], weights: State | None = N
     if weights is not None:
         _load(net, weights, f"{recipe.model.name!r} under its policy")
     return net
+
+
+def given_policy(recipe: Recipe, model: nn.Module) -> sbs.Policy:
+    """The policy that a method without a search trains: the same bits everywhere, or that of a file.
+
+    Raises `UserError` naming the file if it is no policy, or one of another network.
+    """
+    search, example = recipe.search, example_input(recipe)
+    if search.policy is None:
+        bits = int(search.method.removeprefix("uniform_"))
+        return sbs.Policy.uniform(model, example, bits, bits)
+    path = require_file(Path(search.policy), "search.policy", "Give the policy.json of a trial, or one in its format.")
+    try:
+        policy = sbs.Policy.load(path)
+        sbs.compress(model, policy, example_input=example)
+    except SbsError as error:
+        raise UserError(f"search.policy = {search.policy!r} does not fit {recipe.model.name!r}: {error}") from None
+    return policy
 
 
 def restored(recipe: Recipe, weights: State, policy: dict[str, Any] | None) -> nn.Module:

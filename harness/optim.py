@@ -1,25 +1,24 @@
 """Optimisers with the parameter groups of the method, learning-rate schedules as pure functions, averaged weights."""
 
 import math
+from collections.abc import Iterable
 
 import torch
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import sbs
-from harness.config import SearchConfig, TrainConfig, scaled_lr
+from harness.config import TrainConfig, scaled_lr
 
 
 def build_optimizer(net: nn.Module, stage: TrainConfig, batch_size: int) -> torch.optim.Optimizer:
     """SGD or AdamW over `sbs.param_groups(net)`; every group carries its `peak_lr`.
 
-    Weight decay holds for convolution and linear weights alone. Clips and thresholds have learning rates of their own
-    (`clip_lr`, `bit_threshold_lr`, `prune_threshold_lr`, not scaled with the batch).
+    Weight decay holds for convolution and linear weights alone. Clips have a learning rate of their own (`clip_lr`, not
+    scaled with the batch); thresholds are moved by `sbs.after_step`.
     """
     lr = scaled_lr(stage, batch_size)
     rates = {"decay": lr, "no_decay": lr, "clips": stage.clip_lr or lr}
-    if isinstance(stage, SearchConfig):
-        rates |= {"bit_thresholds": stage.bit_threshold_lr, "prune_thresholds": stage.prune_threshold_lr}
     groups = [
         {
             "params": parameters,
@@ -62,6 +61,43 @@ def set_lr(optimizer: torch.optim.Optimizer, factor: float) -> None:
         group["lr"] = group["peak_lr"] * factor
 
 
-def averaged(net: nn.Module, decay: float) -> AveragedModel:
+class Averaged(AveragedModel):
+    """torch's averaged model with an update in a few grouped launches, of which the host waits for none.
+
+    torch's own asks in every step how many came before, sends that number to the device, and copies buffers one by one.
+    """
+
+    def __init__(self, net: nn.Module, decay: float) -> None:
+        super().__init__(net)
+        self._lerp = get_ema_multi_avg_fn(decay)
+        self._has_begun = False
+
+    @torch.no_grad()
+    def update_parameters(self, model: nn.Module) -> None:
+        """Average parameters, the first time copy them; copy buffers."""
+        begun, self._has_begun = self._has_begun or bool(self.n_averaged), True
+        for ours, theirs in _by_type(self.module.parameters(), model.parameters()):
+            if begun:
+                self._lerp(ours, theirs, self.n_averaged)
+            else:
+                torch._foreach_copy_(ours, theirs)
+        for ours, theirs in _by_type(self.module.buffers(), model.buffers()):
+            torch._foreach_copy_(ours, theirs)
+        self.n_averaged += 1
+
+
+def _by_type(
+    ours: Iterable[torch.Tensor], theirs: Iterable[torch.Tensor]
+) -> Iterable[tuple[list[torch.Tensor], list[torch.Tensor]]]:
+    """Both sides by the type of ours: only equal types are taken together in a launch."""
+    groups: dict[torch.dtype, tuple[list[torch.Tensor], list[torch.Tensor]]] = {}
+    for own, other in zip(ours, theirs, strict=True):
+        left, right = groups.setdefault(own.dtype, ([], []))
+        left.append(own)
+        right.append(other)
+    return groups.values()
+
+
+def averaged(net: nn.Module, decay: float) -> Averaged:
     """Exponential moving average of the weights; buffers are copied at each update."""
-    return AveragedModel(net, multi_avg_fn=get_ema_multi_avg_fn(decay), use_buffers=False)
+    return Averaged(net, decay)

@@ -1,7 +1,11 @@
 """What a method's trial consists of: its stages, how each trains, and what each one's outcome depends on. Pure."""
 
-from harness.config import Recipe, SearchConfig, TrainConfig, searches
+from harness.config import Recipe, SearchConfig, TrainConfig, is_fixed, searches
 from harness.identity import digest, identity
+
+# A gate that is tried and taken back flips twice.
+_MOST_FLIPS_PER_GATE = 3.0
+_WIDE_GAP_POINTS = 10.0
 
 
 def plan(recipe: Recipe) -> tuple[str, ...]:
@@ -9,7 +13,7 @@ def plan(recipe: Recipe) -> tuple[str, ...]:
     method = recipe.search.method
     if method == "full_precision":
         return ("pretrain",)
-    if method.startswith("uniform_"):
+    if is_fixed(method):
         return ("pretrain", "compress", "finetune")
     if method == "prune_then_quant":
         return ("pretrain", "prune", "search", "compress", "finetune")
@@ -19,11 +23,11 @@ def plan(recipe: Recipe) -> tuple[str, ...]:
 def stage_config(recipe: Recipe, stage: str) -> TrainConfig | None:
     """How a stage trains; None for one that does not.
 
-    All methods get the same epochs: uniform networks train as long as a search and its finetune, prune-then-quantise
+    All methods get the same epochs: given policies train as long as a search and its finetune, prune-then-quantise
     divides the search's epochs among its two searches.
     """
     method, epochs = recipe.search.method, recipe.search.epochs
-    if stage == "finetune" and method.startswith("uniform_"):
+    if stage == "finetune" and is_fixed(method):
         return recipe.finetune.model_copy(update={"epochs": epochs + recipe.finetune.epochs})
     if method == "prune_then_quant" and stage in {"prune", "search"}:
         return recipe.search.model_copy(update={"epochs": epochs // 2 if stage == "prune" else epochs - epochs // 2})
@@ -43,17 +47,27 @@ def stage_key(recipe: Recipe, stage: str, data_checksum: str, init: str | None =
     return digest({"stage": stage, "init": init} | {key: tree[key] for key in needed})
 
 
-def idle_gates(search: SearchConfig, step: int, steps: int, figures: dict[str, float]) -> str | None:
-    """A warning when pressure has moved no gate by the middle of a search."""
-    if figures["gates/flips"] or search.lambda_ == 0 or 2 * step < steps:
-        return None
-    drive = "the epochs" if search.lambda_ is None else f"search.lambda (now {search.lambda_:g})"
-    nearest = min(value for name, value in figures.items() if name.startswith("gates/margin_"))
-    return (
-        f"no gate has moved after {step} of {steps} steps (nearest threshold margin {nearest:.3g}): "
-        f"raise {drive} or search.bit_threshold_lr / search.prune_threshold_lr "
-        f"(now {search.bit_threshold_lr:g} / {search.prune_threshold_lr:g})"
-    )
+def remark_on_gates(search: SearchConfig, step: int, steps: int, figures: dict[str, float]) -> str | None:
+    """A warning, with its cause, of a search whose gates do not do what they should."""
+    if not figures["gates/flips"] and search.lambda_ != 0 and 2 * step >= steps:
+        drive = "the epochs" if search.lambda_ is None else f"search.lambda (now {search.lambda_:g})"
+        return (
+            f"no gate has moved after {step} of {steps} steps: the loss gains more by every gate than the pressure on "
+            f"it; raise {drive}"
+        )
+    if figures["gates/flips_per_gate"] > _MOST_FLIPS_PER_GATE:
+        return (
+            f"gates chatter: {figures['gates/flips_per_gate']:.1f} flips per gate after {step} of {steps} steps; what "
+            "the loss says of them contradicts itself from step to step: raise data.batch_size or the epochs, or lower "
+            "search.lr"
+        )
+    gap = figures.get("search/train_top1", 0.0) - figures.get("search/top1", 0.0)
+    if search.norm_batches == 0 and gap > _WIDE_GAP_POINTS:
+        return (
+            f"validation is {gap:.1f} points below training: batch norm's running statistics belong to networks before "
+            "the last flips; set search.norm_batches, so that they are estimated anew"
+        )
+    return None
 
 
 def takes_budget(search: SearchConfig) -> bool:

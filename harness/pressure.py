@@ -23,17 +23,13 @@ Note = Callable[[str, int], None]
 TOLERANCE = 0.03
 """A policy lands at most this share below its budget."""
 
-# The way down to the budget takes this share of the steps, the rest is for the weights to settle at it.
-_ARRIVAL = 0.7
-# A gap of 1 (in log BOPs) that lasts for a twentieth of the search multiplies the pressure by e.
-_GAIN = 20.0
-# Within this gap the pressure falls off in proportion, and turns round below the course.
-_BAND = 0.1
-_LEAST, _FIRST, _MOST = 1e-6, 1e-2, 1e2
+# The course falls from the time on at which the gates' gains are known to the time that leaves the gates a while to
+# settle at the budget, and the weights as long again after them (shares of the search's steps).
+_DEPARTURE, _ARRIVAL = 0.03, 0.55
 
 
 class Pressure:
-    """lambda * log BOPs of `net` with the lambda of the recipe; the bits' gradients alternate unless it says joint."""
+    """lambda * log BOPs of `net` with the lambda of the recipe, felt by weights and activations at once or in turn."""
 
     def __init__(self, net: sbs.SuperNet, search: SearchConfig) -> None:
         self.net, self._search = net, search
@@ -42,10 +38,9 @@ class Pressure:
         """The term to add to the loss of a step."""
         sides: tuple[Literal["weights", "activations"], ...] = ("weights", "activations")
         gradient = "joint" if self._search.bop_gradient == "joint" else sides[step % 2]
-        log_bops = sbs.bop_penalty(self.net, gradient=gradient)
-        return self.pressure(step, log_bops.detach()) * log_bops
+        return self.pressure(step) * sbs.bop_penalty(self.net, gradient=gradient)
 
-    def pressure(self, step: int, log_bops: torch.Tensor) -> torch.Tensor | float:  # noqa: ARG002 - steered ones look
+    def pressure(self, step: int) -> torch.Tensor | float:  # noqa: ARG002 - a course does
         """Lambda of a step."""
         return self._search.lambda_ or 0.0
 
@@ -69,10 +64,11 @@ class Pressure:
 
 
 class BudgetPressure(Pressure):
-    """Steers lambda so that log BOPs fall evenly to the last of the recipe's budgets; lands each policy on its own.
+    """Chooses lambda so that log BOPs fall evenly to the last of the recipe's budgets; lands each policy on its own.
 
-    Below the course the pressure turns negative, which opens gates again. Each budget but the last is frozen in
-    passing, at the first step at or below it; the last one when the search ends.
+    Lambda is the one under which the gates would settle on the course (`sbs.pressure_for`). Each budget but the last is
+    frozen in passing, when the course comes to it. The network lands on the last one when the gates stand still,
+    so that the rest of the search trains the policy that it ends with.
     """
 
     def __init__(self, net: sbs.SuperNet, recipe: Recipe, steps: int, ranks: Ranks, note: Note) -> None:
@@ -81,56 +77,62 @@ class BudgetPressure(Pressure):
         full_bops = sbs.cost(full_precision(recipe), tuple(example_input(recipe).shape[1:])).bops
         self._goals = {share: share * full_bops for share in budgets(recipe.search, full_bops)}
         self._start = math.log(sbs.bops_range(net)[1])
-        self._magnitude = torch.full((), _FIRST, dtype=torch.float64, device=ranks.device)
+        self._end = math.log(min(self._goals.values()))
+        *passing, _ = self._goals
+        self._due = {share: self._step_at(share) for share in passing}
         self._lambda = torch.zeros((), dtype=torch.float64, device=ranks.device)
         self._taken: dict[str, State] = {}
+        self._has_landed = False
 
-    def pressure(self, step: int, log_bops: torch.Tensor) -> torch.Tensor:
+    def pressure(self, step: int) -> torch.Tensor:  # noqa: ARG002 - the network counts its steps on the device
         """Lambda of a step; stays on the device."""
-        gap = log_bops.double() - self.course(step)
-        grown = self._magnitude * torch.exp(_GAIN / self._steps * gap.clamp(-1, 1))
-        self._magnitude = grown.clamp(_LEAST, _MOST)
-        self._lambda = self._magnitude * (gap / _BAND).clamp(-1, 1)
-        return self._lambda.to(log_bops.dtype)
+        self._lambda.copy_(sbs.pressure_for(self.net, self.course(self.net.steps_done)))
+        return self._lambda.to(self.net.channel_gates.open.dtype)
 
-    def course(self, step: int) -> float:
-        """Where log BOPs should be at a step."""
-        way = min(1.0, (step + 1) / max(1.0, _ARRIVAL * self._steps))
-        return self._start + way * (math.log(min(self._goals.values())) - self._start)
+    def course(self, steps_done: torch.Tensor) -> torch.Tensor:
+        """Where log BOPs should be after so many steps."""
+        way = ((steps_done.double() / self._steps - _DEPARTURE) / (_ARRIVAL - _DEPARTURE)).clamp(0.0, 1.0)
+        return self._start + way * (self._end - self._start)
+
+    def _step_at(self, share: float) -> int:
+        """After which step the course comes to a budget."""
+        way = (self._start - math.log(self._goals[share])) / max(1e-9, self._start - self._end)
+        return math.ceil(self._steps * (_DEPARTURE + max(0.0, way) * (_ARRIVAL - _DEPARTURE)))
 
     def stepped(self, step: int) -> None:
-        """Set aside the network for every budget but the last that its BOPs have just passed."""
-        *passing, _ = self._goals
-        due = [share for share in passing if str(share) not in self._taken]
-        if not due:
-            return
-        bops = sbs.bops_of(self.net)
-        for share in due:
-            if bops <= self._goals[share]:
+        """Set aside the network for a budget that the course comes to; land on the last one when the gates rest."""
+        for share, due in self._due.items():
+            if step + 1 >= due and str(share) not in self._taken:
                 self._take(share, step + 1)
+        if not self._has_landed and sbs.at_rest(step + 1, self._steps):
+            self._land(step + 1)
 
     def finish(self) -> dict[str, State]:
-        """Land the network on the last budget, after those that it never passed."""
-        *passing, last = self._goals
-        for share in passing:
+        """Land on the budgets that are still due."""
+        for share in self._due:
             if str(share) not in self._taken:
                 self._take(share, self._steps)
-        self.net.load_state_dict(self.net.state_dict() | self._landed(last, self._steps))
+        if not self._has_landed:
+            self._land(self._steps)
         return self._taken
+
+    def _land(self, steps: int) -> None:
+        *_, last = self._goals
+        self.net.load_state_dict(self.net.state_dict() | self._landed(last, steps))
+        self._has_landed = True
 
     def figures(self) -> dict[str, float]:
         """Lambda of the last step."""
         return {"search/lambda": float(self._lambda)}
 
     def state(self) -> State:
-        """The pressure, and the networks set aside."""
-        return {"magnitude": float(self._magnitude), "lambda": float(self._lambda), "taken": self._taken}
+        """The pressure, the networks set aside, and whether the last budget was landed on."""
+        return {"lambda": float(self._lambda), "taken": self._taken, "has_landed": self._has_landed}
 
     def restore(self, state: State) -> None:
         """Go on from a saved state."""
-        self._magnitude.fill_(state["magnitude"])
         self._lambda.fill_(state["lambda"])
-        self._taken = dict(state["taken"])
+        self._taken, self._has_landed = dict(state["taken"]), state["has_landed"]
 
     def _take(self, share: float, steps: int) -> None:
         self._ranks.average_norms(self.net)

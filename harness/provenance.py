@@ -13,12 +13,13 @@ from typing import Any
 
 from harness.run_dir import RunDir, read_json, write_json, write_text
 from harness.settings import RAY_SUBMISSION_VARIABLE
+from harness.version import DISTRIBUTION, own_version
 
 DIFF_LIMIT_BYTES = 1_000_000
 """More than this of uncommitted changes is cut off: nobody reads it, and every trial would carry it along."""
 
 _PACKAGES = (
-    "sbs-harness", "torch", "ray", "mlflow", "ffcv", "numpy", "numba", "scipy", "opencv-python-headless", "pillow",
+    "torch", "ray", "mlflow", "ffcv", "numpy", "numba", "scipy", "opencv-python-headless", "pillow",
     "pydantic", "optuna", "scikit-learn", "submitit",
 )  # fmt: skip
 _JOB_VARIABLES = (
@@ -94,7 +95,7 @@ def uncommitted(folder: Path = Path(__file__).parent) -> str:
 
 @functools.cache
 def _versions() -> dict[str, str]:
-    found = {}
+    found = {DISTRIBUTION: own_version()}
     for name in _PACKAGES:
         try:
             found[name] = metadata.version(name)

@@ -1,20 +1,15 @@
 """Where this process stands among its peers: plain process, torchrun or Ray Train, seen alike by the loop."""
 
-import contextlib
-import ctypes
-import functools
 import io
 import os
-import warnings
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.utils.deterministic
 from torch import nn
 
 from harness.config import RunConfig
@@ -22,7 +17,6 @@ from harness.errors import UserError
 
 # Collectives of the control group wait through the slowest thing a healthy peer may do between two of them
 # (compiling, writing data); a peer that is really stuck is found by the watchdog, which names it.
-_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 _COLLECTIVE_LIMIT = timedelta(minutes=60)
 
 
@@ -150,46 +144,6 @@ def joined(run: RunConfig, *, device: torch.device | None = None, launcher: str 
             dist.destroy_process_group()
 
 
-@contextmanager
-def arithmetic(run: RunConfig) -> Iterator[None]:
-    """Set threads and determinism as the recipe says, since launchers leave different defaults; restore them after."""
-    threads, deterministic = torch.get_num_threads(), torch.get_deterministic_debug_mode()
-    torch.set_num_threads(run.threads)
-    # "warn": a few CUDA kernels have no deterministic form; bit-exact resume is promised on CPU. This call, unlike
-    # use_deterministic_algorithms, does not import the compiler.
-    torch.set_deterministic_debug_mode("warn" if run.deterministic else "default")
-    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
-    torch.backends.cudnn.benchmark = not run.deterministic
-    if not run.gpus_per_worker:
-        _keep_memory()
-    if run.gpus_per_worker:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        torch.set_float32_matmul_precision("highest" if run.precision == "fp32" else "high")
-    try:
-        with warnings.catch_warnings():
-            # Of 1x1 convolutions in channels_last, whose strides are ambiguous; nothing is lost.
-            warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
-            yield
-    finally:
-        torch.set_num_threads(threads)
-        torch.set_deterministic_debug_mode(deterministic)
-
-
-@functools.cache
-def _keep_memory() -> None:
-    """Let glibc keep large freed blocks: giving each activation back to the kernel costs a sixth of a CPU step."""
-    with contextlib.suppress(OSError, AttributeError):  # another C library than glibc
-        libc = ctypes.CDLL("libc.so.6")
-        libc.mallopt(_M_MMAP_THRESHOLD, 1 << 30)
-        libc.mallopt(_M_TRIM_THRESHOLD, (1 << 31) - 1)
-
-
-def autocast(run: RunConfig, device: torch.device) -> AbstractContextManager[Any]:
-    """The arithmetic that run.precision asks for."""
-    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(run.precision)
-    return nullcontext() if dtype is None else torch.autocast(device.type, dtype)
-
-
 def seed_step(seed: int, rank: int, step: int) -> None:
     """Make every random draw of a step a function of (seed, rank, step): a resume needs no generator states."""
     mixed = (seed * 0x9E3779B97F4A7C15 + rank * 0xBF58476D1CE4E5B9 + step * 0x94D049BB133111EB) % 2**63
@@ -204,6 +158,13 @@ def _device(run: RunConfig) -> torch.device:
             f"run.gpus_per_worker = {run.gpus_per_worker:g}, but this machine shows no CUDA device. "
             "Set run.gpus_per_worker=0 to train on CPU."
         )
-    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
+    here, devices = int(os.environ.get("LOCAL_WORLD_SIZE", "1")), torch.cuda.device_count()
+    if here > devices:
+        raise UserError(
+            f"{here} ranks were started on this machine, which shows {devices} CUDA device(s), and NCCL refuses two "
+            "ranks on one. Start as many ranks as devices (torchrun --nproc-per-node), or set run.gpus_per_worker=0 to "
+            "train on CPU."
+        )
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
     torch.cuda.set_device(device)
     return device

@@ -18,16 +18,17 @@ import torch
 from torch import nn
 
 import sbs
+from harness.arithmetic import arithmetic, autocast
 from harness.checkpoint import State, load, load_weights, save, save_weights, to_cpu, weights_digest
-from harness.config import TrialSpec
+from harness.config import TrialSpec, is_fixed
 from harness.context import REAL_DATA, Context, Data, Report
 from harness.errors import UserError, is_user_error
 from harness.loop import StageLoop
-from harness.networks import compressed, example_input, full_precision, merged, search_space, supernet
-from harness.plan import chosen_budget, idle_gates, plan, stage_config, stage_key
+from harness.networks import compressed, example_input, full_precision, given_policy, merged, search_space, supernet
+from harness.plan import chosen_budget, plan, remark_on_gates, stage_config, stage_key
 from harness.pressure import Pressure, check_budgets, pressure_of
 from harness.provenance import record_start
-from harness.ranks import arithmetic, joined
+from harness.ranks import joined
 from harness.result import build_result
 from harness.run_dir import RunDir, write_json
 from harness.step import Job, no_remark
@@ -114,6 +115,8 @@ class _Trial:
         # what these refuse should not wait for the end of the pretraining, or of its first epoch
         search_space(self.recipe)
         check_budgets(self.recipe)
+        if is_fixed(self.recipe.search.method):
+            given_policy(self.recipe, full_precision(self.recipe))
         context.val_loader()
         outcome, done = self._last_outcome(stages)
         configs = [stage_config(self.recipe, stage) for stage in stages[self.given is not None :]]
@@ -200,10 +203,10 @@ class _Trial:
             stage,
             net,
             before,
-            prepare=lambda: sbs.calibrate(net, self._calibration()),
+            prepare=lambda: self._calibrate(net),
             pressure=pressure,
             telemetry=lambda: sbs.telemetry(net),
-            remark=no_remark if self.context.data.made_up else partial(idle_gates, self.recipe.search),
+            remark=no_remark if self.context.data.made_up else partial(remark_on_gates, self.recipe.search),
         )
 
     def _note(self, start: int, text: str, steps: int) -> None:
@@ -213,12 +216,11 @@ class _Trial:
         begin_s = time.monotonic()
         self.context.rewind(before.seq, 0, before.step)
         method = self.recipe.search.method
-        if method.startswith("uniform_"):
-            bits = int(method.removeprefix("uniform_"))
+        if is_fixed(method):
             model = full_precision(self.recipe, before.net)
-            policy = sbs.Policy.uniform(model, self.example, bits, bits)
+            policy = given_policy(self.recipe, model)
             net = self._to_device(sbs.compress(model, policy, example_input=self.example))
-            sbs.calibrate(net, self._calibration())
+            self._calibrate(net)
         else:
             base = replace(before, net={})
             budget = chosen_budget(self.recipe.search)
@@ -228,6 +230,7 @@ class _Trial:
             net = self._to_device(sbs.compress(searched, policy))
             if before.policy is not None:
                 policy = merged(before.policy, policy)
+            self._estimate_norms(net)
         scores = self.context.evaluate(net)
         seq = self.context.record("metrics", 0, before.step, scores.named("compress"))
         timings = before.timings_s | {"compress": time.monotonic() - begin_s}
@@ -275,9 +278,23 @@ class _Trial:
             prepare()
         calibration_s = time.monotonic() - begin_s
         teacher = self._teacher() if config.distill else None
-        job = Job(stage, key, net, config, before.step, pressure, teacher, telemetry, before.policy, remark)
+        job = Job(
+            stage,
+            key,
+            net,
+            config,
+            before.step,
+            pressure,
+            teacher,
+            telemetry,
+            before.policy,
+            self._estimate_norms,
+            remark,
+        )
         loop = StageLoop(job, self.context, state, calibration_s)
         loop.run()
+        if stage == "finetune":
+            self._estimate_norms(loop.stepper.weights())
         snapshots = {} if pressure is None else pressure.finish()
         seq = 0 if self.context.log is None else self.context.log.last_seq
         weights = to_cpu(loop.stepper.weights().state_dict())
@@ -305,10 +322,23 @@ class _Trial:
             weights = saved["net"]
         return self._to_device(full_precision(self.recipe, weights)).eval().requires_grad_(requires_grad=False)
 
-    def _calibration(self) -> list[torch.Tensor]:
-        """This rank's share of the first training batches."""
+    def _calibrate(self, net: nn.Module) -> None:
+        """From this rank's share of the first training batches, in the arithmetic of the steps that follow."""
         loader = self.context.train_loader(self.recipe.search.epochs)
-        return [images.clone() for images, _ in islice(loader.epoch(0), self.recipe.search.calibration_batches)]
+        batches = [images.clone() for images, _ in islice(loader.epoch(0), self.recipe.search.calibration_batches)]
+        with autocast(self.recipe.run, self.ranks.device):
+            sbs.calibrate(net, batches)
+
+    def _estimate_norms(self, net: nn.Module) -> None:
+        """Batch norms anew, from this rank's share of the first training batches of the search's last epoch."""
+        search = self.recipe.search
+        if not search.norm_batches:
+            return
+        self.context.beat("estimating batch norms")
+        loader = self.context.train_loader(search.epochs)
+        batches = loader.epoch(max(0, search.epochs - 1))  # whose images are the largest of a schedule
+        with autocast(self.recipe.run, self.ranks.device):
+            sbs.estimate_norms(net, (images for images, _ in islice(batches, search.norm_batches)))
 
     def _to_device(self, net: nn.Module) -> nn.Module:
         if self.recipe.run.sync_batchnorm and self.ranks.world > 1:

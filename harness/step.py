@@ -12,12 +12,14 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 import sbs
+from harness.arithmetic import autocast
 from harness.checkpoint import State
 from harness.config import Recipe, TrainConfig
+from harness.graphed import graphed
 from harness.metrics import score_sums
 from harness.optim import averaged, build_optimizer, lr_factor, set_lr
 from harness.pressure import Pressure
-from harness.ranks import Ranks, autocast, norm_statistics, seed_step, set_norm_statistics
+from harness.ranks import Ranks, norm_statistics, seed_step, set_norm_statistics
 from sbs.layers import QuantizedLayer
 
 
@@ -26,12 +28,17 @@ def no_remark(step: int, steps: int, figures: dict[str, float]) -> str | None:  
     return None
 
 
+def _keep_norms(net: nn.Module) -> None:
+    """Leave the running statistics as training left them."""
+
+
 @dataclass(frozen=True)
 class Job:
     """What one stage trains: `pressure` adds to the loss, `teacher` is imitated, `telemetry` is recorded.
 
     `key` is the identity of the stage; `start_step` counts the steps of the stages before; `policy` describes `net` if
-    it is compressed; `remark(step, steps, figures)` may find something to warn of after an epoch.
+    it is compressed; `estimate_norms(net)` is called before a network whose running statistics are not its own is
+    validated; `remark(step, steps, figures)` may find something to warn of after an epoch.
     """
 
     stage: str
@@ -43,6 +50,7 @@ class Job:
     teacher: nn.Module | None = None
     telemetry: Callable[[], dict[str, float]] = dict
     policy: dict[str, Any] | None = None
+    estimate_norms: Callable[[nn.Module], None] = _keep_norms
     remark: Callable[[int, int, dict[str, float]], str | None] = no_remark
 
 
@@ -60,12 +68,22 @@ class Stepper:
         self._forward: nn.Module | Any = self._ddp or job.net
         if recipe.run.compile and not any(isinstance(module, QuantizedLayer) for module in job.net.modules()):
             # Quantised layers compile kernels of their own; a graph around them would be compiled anew as gates move.
-            self._forward = torch.compile(self._forward)
+            # One graph for each image size of a schedule: a graph for any size would be slower at all of them.
+            self._forward = torch.compile(self._forward, dynamic=False)
+        self._number = self._steps = 0
+        learned = [parameter for parameter in job.net.parameters() if parameter.requires_grad]
+        is_search = job.pressure is not None
+        self._gradients = graphed(self._compute, learned, recipe.run, ranks, job.stage, is_search=is_search)
 
     @property
     def lr(self) -> float:
         """Learning rate of the weights in the last step."""
         return float(self._optimizer.param_groups[0]["lr"])
+
+    def own_norms(self) -> None:
+        """Give the network that counts batch-norm statistics of its own, where gates or averaging took them away."""
+        if self._ema is not None or self.job.pressure is not None:
+            self.job.estimate_norms(self.weights())
 
     def weights(self) -> nn.Module:
         """The network that counts: the averaged one where the recipe asks for it."""
@@ -77,12 +95,19 @@ class Stepper:
         """Step `number` of the stage on this rank's images (N, 3, H, W) and labels (N,).
 
         Returns the sums [images, right at 1, right within 5, cross-entropy, penalty x images], float64, and the sum of
-        the losses of the parts, which is not finite if one of them is not.
+        the losses of the parts, which is not finite if one of them is not. The next step may overwrite both.
         """
-        config = self.job.config
         seed_step(self._run.seed, self._ranks.rank, self.job.start_step + number)
-        set_lr(self._optimizer, lr_factor(config, number, steps_per_epoch))
-        parts = list(zip(images.chunk(config.accumulate), labels.chunk(config.accumulate), strict=True))
+        set_lr(self._optimizer, lr_factor(self.job.config, number, steps_per_epoch))
+        self._number, self._steps = number, self.job.config.epochs * steps_per_epoch
+        sums, losses = self._gradients(images, labels)
+        self._update(number)
+        return sums, losses
+
+    def _compute(self, images: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The sums of `step`, and the gradients; where graphs repeat it, the step's number must change nothing."""
+        count, number = self.job.config.accumulate, self._number
+        parts = list(zip(images.chunk(count), labels.chunk(count), strict=True))
         sums = torch.zeros(5, dtype=torch.float64, device=images.device)
         losses = torch.zeros((), device=images.device)
         for index, (part, part_labels) in enumerate(parts):
@@ -94,7 +119,6 @@ class Stepper:
             losses += loss
         if penalty is not None:
             sums[4] += penalty.detach().double() * len(labels)
-        self._update(number)
         return sums, losses
 
     def _backward(
@@ -124,10 +148,11 @@ class Stepper:
         self._scaler.unscale_(self._optimizer)
         if self.job.config.clip_norm is not None:
             nn.utils.clip_grad_norm_(net.parameters(), self.job.config.clip_norm)
+        loss_scale = self._scaler.get_scale()  # without fp16 a constant, which no device is asked for
         self._scaler.step(self._optimizer)
         self._scaler.update()
         self._optimizer.zero_grad(set_to_none=True)
-        sbs.after_step(net)
+        sbs.after_step(net, self._steps, loss_scale=loss_scale)
         if self.job.pressure is not None:
             self.job.pressure.stepped(number)
         if self._ema is not None:

@@ -1,4 +1,4 @@
-"""BOPs of a super-network's gates (convention mac_product), and what each gate costs."""
+"""BOPs of a super-network's gates (convention mac_product), what each gate costs, and which pressure leads where."""
 
 from collections.abc import Sequence
 
@@ -6,17 +6,22 @@ import torch
 from torch import Tensor
 
 from sbs.gates import effective_bits
-from sbs.supernet import SuperNet
+from sbs.supernet import SuperNet, supernet_of
 
 Gates = Sequence[Tensor]
 """Zeros and ones by bank, in the order of `SuperNet.banks()`: weights' bits, activations' bits, channel groups."""
 
+_LEAST, _MOST, _STEPS = -5.0, 3.0, 128  # powers of ten of the multipliers that are tried
+
 
 def bops_under(net: SuperNet, gates: Gates) -> Tensor:
-    """BOPs of one image under `gates`, a float64 scalar: a sum of whole numbers. Differentiable in the gates."""
+    """BOPs of one image under `gates`, float64: sums of whole numbers, differentiable in the gates.
+
+    Dimensions in front of the banks' own are kept: one sum for each of many settings of the gates.
+    """
     weight, activation, channel = gates
     bits = _bits(net, weight, net.space.weight_bits) * _bits(net, activation, net.space.activation_bits)
-    return (net.macs(channel) * bits).sum()
+    return (net.macs(channel) * bits).sum(dim=-1)
 
 
 def prices(net: SuperNet, gates: Gates) -> list[Tensor]:
@@ -24,8 +29,8 @@ def prices(net: SuperNet, gates: Gates) -> list[Tensor]:
 
     BOPs are of first order in each single gate, so their derivative is the exact difference.
     """
-    with torch.enable_grad():
-        leaves = [gate.detach().double().requires_grad_() for gate in gates]
+    with torch.inference_mode(False), torch.enable_grad():
+        leaves = [gate.detach().to(torch.float64, copy=True).requires_grad_() for gate in gates]
         total = bops_under(net, leaves)
         found = torch.autograd.grad(total, leaves, allow_unused=True)
     total = total.detach()
@@ -38,8 +43,41 @@ def prices(net: SuperNet, gates: Gates) -> list[Tensor]:
     return result
 
 
+@torch.no_grad()
+def worths(net: SuperNet, gates: Gates) -> list[Tensor]:
+    """The loss that each gate saves while it is open, by log BOPs that it costs: the lambda at which it would close."""
+    return [
+        -bank.gain(net.images).double() / price.clamp_min(torch.finfo(torch.float64).tiny)
+        for bank, price in zip(net.banks(), prices(net, gates), strict=True)
+    ]
+
+
+@torch.no_grad()
+def pressure_for(net: SuperNet, log_bops: Tensor) -> Tensor:
+    """The least lambda under which the gates would settle at no more than `log_bops`, by what is known of them now.
+
+    Under lambda a gate settles closed where the loss gains less by its opening than lambda times what it costs. Stays
+    on the device; float64, between 1e-5 and 1e3.
+    """
+    net = supernet_of(net, "pressure_for")
+    worth = worths(net, [bank.decided() for bank in net.banks()])
+    worth[2] = torch.where(held_open(net, worth[2]), torch.inf, worth[2])
+    tried = torch.logspace(_LEAST, _MOST, _STEPS, dtype=torch.float64, device=log_bops.device)
+    settled = [(value > tried.view(-1, *[1] * value.dim())).double() for value in worth]
+    above = bops_under(net, settled).log() > log_bops
+    return tried[above.sum().clamp_max(_STEPS - 1)]
+
+
+def held_open(net: SuperNet, claim: Tensor) -> Tensor:
+    """The channel gates with the largest claims of each layer: as many as max_prune_share keeps open, (groups,)."""
+    order = claim.argsort(descending=True, stable=True)
+    order = order[net.layer_index[order].argsort(stable=True)]
+    place = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
+    return place - net.first_gate < net.least_open
+
+
 def _bits(net: SuperNet, gates: Tensor, bits: tuple[int, ...]) -> Tensor:
-    """Bits of every layer (layers,), the first and last included."""
+    """Bits of every layer (..., layers), the first and last included."""
     searched = effective_bits(gates.double(), bits)
-    padded = torch.cat([searched, searched.new_full((1,), float(net.space.first_last_bits))])
-    return padded[net.macs.searched_index.to(padded.device)]
+    edge = searched.new_full((*searched.shape[:-1], 1), float(net.space.first_last_bits))
+    return torch.cat([searched, edge], dim=-1)[..., net.macs.searched_index.to(searched.device)]

@@ -59,6 +59,35 @@ def calibrate(net: nn.Module, batches: Iterable[Tensor]) -> None:
         gate_statistics.start(net)
 
 
+@torch.no_grad()
+def estimate_norms(net: nn.Module, batches: Iterable[Tensor]) -> None:
+    """Estimate the running statistics of batch norms anew, as plain averages over `batches` of images.
+
+    Running statistics lag behind the weights, and in a search behind the gates: they are those of many networks. Where
+    torch.distributed is initialised the results are averaged over the ranks, so ranks may bring different batches (as
+    many each). Modes, momenta, gates and their statistics are left as they were.
+    """
+    net = unwrapped(net)
+    norms = [m for m in net.modules() if isinstance(m, NORMS) and m.track_running_stats]
+    if not norms:
+        return
+    modes, momenta = {m: m.training for m in net.modules()}, [m.momentum for m in norms]
+    try:
+        net.eval()
+        for norm in norms:
+            norm.reset_running_stats()
+            norm.momentum = None
+            norm.train()
+        for x in batches:
+            net(x)
+        average([b for m in norms for b in (m.running_mean, m.running_var) if b is not None])
+    finally:
+        for norm, momentum in zip(norms, momenta, strict=True):
+            norm.momentum = momentum
+        for module, mode in modes.items():
+            module.training = mode
+
+
 def _images(batches: Iterable[Tensor]) -> list[Tensor]:
     if isinstance(batches, Tensor):
         raise SbsError("calibrate() takes a list of batches, not one tensor: calibrate(net, [images])")

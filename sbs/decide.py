@@ -4,39 +4,58 @@ import torch
 from torch import Tensor
 
 from sbs import gate_statistics
-from sbs.bops import prices
-from sbs.gates import PACE, GateBank, movable
+from sbs.bops import held_open, prices
+from sbs.gates import PACE, GateBank, audible, movable
 from sbs.layers import clamp_clips
+from sbs.ranks import world
 from sbs.supernet import SuperNet
 
 
 @torch.no_grad()
-def step(net: SuperNet, steps: int) -> None:
+def step(net: SuperNet, steps: int, loss_scale: float = 1.0) -> None:
     """What a super-network does after an optimiser's step; `steps`: how many the whole search has.
 
     What decides is equal on all ranks to the last bit: comparisons of numbers that one all-reduce has made equal. What
     thresholds are moved by is computed on every rank and made equal by the next one.
     """
-    share = torch.full_like(net.progress, 1.0 / steps)
     net.forget_contexts()
     clamp_clips(net.model)
+    net.count_images(world())
+    if loss_scale != 1.0:
+        torch._foreach_div_([net.pressure, *(bank.pull for bank in net.banks())], loss_scale)
     gate_statistics.update(net)
-    weight, activation, channel = net.banks()
-    heard = [movable(weight.decided()), movable(activation.decided()), channel.decided() >= 0]
-    wanted = [weight.wanted(PACE), activation.wanted(PACE), _within_limits(net, channel)]
-    for bank, audible in zip(net.banks(), heard, strict=True):
-        bank.weigh(audible, share, PACE)
-    rate = PACE.rate(net.progress)
-    for bank, decided in zip(net.banks(), wanted, strict=True):
-        bank.commit(torch.where(rate > 0, decided, bank.decided()), share)
-    heard = [movable(weight.decided()), movable(activation.decided()), heard[2]]
-    for bank, price, audible, pressure in zip(
-        net.banks(), prices(net, [bank.decided() for bank in net.banks()]), heard, net.pressure.unbind(0), strict=True
-    ):
-        bank.move(pressure * price, audible, share, rate, PACE)
-    net.progress += share
+    rate, share, window = PACE.rate(net.steps_done.double() / steps), 1 / steps, PACE.window_of(steps)
+    _decide(net, rate, share, window)
+    _move(net, rate, share)
+    net.steps_done += 1
     net.pressure.zero_()
     net.refresh_kept()
+
+
+def at_rest(steps_done: int, steps: int) -> bool:
+    """Whether gates stand still after so many of a search's steps: from there on only weights and clips are trained."""
+    return steps_done / steps >= PACE.still
+
+
+def _decide(net: SuperNet, rate: Tensor, share: float, window: float) -> None:
+    """Take in what the step said of the gates as they were, then flip those whose thresholds say so."""
+    weight, activation, channel = net.banks()
+    wanted = [weight.wanted(PACE), activation.wanted(PACE), _within_limits(net, channel)]
+    for bank, decided in zip(net.banks(), wanted, strict=True):
+        bank.weigh(audible(bank.decided()), share, window, PACE)
+        # a statistic that falls may want to close a step whose turn it is not
+        free = movable(bank.decided()) & (rate > 0)
+        bank.commit(torch.where(free, decided, bank.decided()), share, net.images)
+
+
+def _move(net: SuperNet, rate: Tensor, share: float) -> None:
+    """Move the thresholds of the gates that may flip and have been seen for long enough."""
+    gates = [bank.decided() for bank in net.banks()]
+    for bank, is_open, price, pressure in zip(
+        net.banks(), gates, prices(net, gates), net.pressure.unbind(0), strict=True
+    ):
+        free = movable(is_open) & bank.judged() & (bank.age >= PACE.hold)
+        bank.move(pressure * price, bank.gain(net.images), free, PACE.distance * share * rate)
 
 
 def _within_limits(net: SuperNet, bank: GateBank) -> Tensor:
@@ -49,10 +68,6 @@ def _within_limits(net: SuperNet, bank: GateBank) -> Tensor:
     if not net.group_slices:
         return wanted
     # margins lie within a few units: whoever wants to be open comes first, then whoever is
-    claim = bank.margin().clamp(-5, 5) + 100 * wanted + 20 * bank.decided()
-    order = claim.argsort(descending=True, stable=True)
-    order = order[net.layer_index[order].argsort(stable=True)]
-    place = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
-    held = (place - net.first_gate < net.least_open) & (wanted == 0)
+    held = held_open(net, bank.margin().clamp(-5, 5) + 100 * wanted + 20 * bank.decided()) & (wanted == 0)
     bank.thresholds.copy_(torch.where(held, bank.thresholds.minimum(bank.statistic), bank.thresholds))
     return torch.where(held, 1.0, wanted)

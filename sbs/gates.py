@@ -18,20 +18,24 @@ from torch import Tensor, nn
 MOMENTUM = 0.1
 """Of the running means of the statistics."""
 
+_LEFT = 0.3
+
 
 @dataclass(frozen=True)
 class Pace:
-    """How thresholds travel; lengths of time are shares of the whole search, so that its steps do not matter.
+    """How thresholds travel; times are shares of the whole search, so that the number of its steps does not matter.
 
-    distance: what the average gate would travel in a search in which its pressure met no resistance; statistics are
-    about 1. hold: how long a flipped gate stands still while the weights answer. window: length of the running means
-    of the loss's gradients. band: margin beyond which a gate that never flipped flips; every flip widens its own by
-    `widening`. slow, still: the thresholds slow down from the one time on and stand still from the other.
+    distance: what a gate travels in a search in which its pressure meets no resistance; statistics are about 1. hold:
+    how long a flipped gate stands still while the weights answer. window: length of the running means over steps, at
+    least `fewest` of them; a gate is judged by at least a third of that. band: margin beyond which a gate that never
+    flipped flips; every flip widens its own by `widening`. slow, still: the thresholds slow down from the one time on
+    and stand still from the other.
     """
 
-    distance: float = 8.0
+    distance: float = 40.0
     hold: float = 0.02
     window: float = 0.03
+    fewest: int = 24
     band: float = 0.05
     widening: float = 2.0
     slow: float = 0.6
@@ -41,6 +45,10 @@ class Pace:
         """Share of the full speed at a time of the search."""
         return ((self.still - progress) / (self.still - self.slow)).clamp(0.0, 1.0)
 
+    def window_of(self, steps: int) -> float:
+        """Share of the search over which gradients are averaged."""
+        return max(self.window, self.fewest / steps)
+
 
 PACE = Pace()
 
@@ -49,8 +57,9 @@ class GateBank(nn.Module):
     """The gates of one kind, as one array: bit gates (layers, steps) or channel gates (groups,).
 
     thresholds, statistic, open: what decides. flips: how often each gate has flipped. age: share of the search since
-    its last flip. slope_open, slope_closed: running means of dL/dg from while it was open and closed, over weight_open
-    and weight_closed of the search (0: that side was never seen).
+    its last flip. For each side, while a gate was open and while it was closed: slope, running mean of dL/dg; scatter,
+    its variance from step to step; weight, the share of the search that they rest on (0: never seen). promised: what
+    closing the gate was foretold to cost, in nats, when it closed. window: the share that running means are over.
     """
 
     thresholds: Tensor
@@ -60,9 +69,14 @@ class GateBank(nn.Module):
     age: Tensor
     slope_open: Tensor
     slope_closed: Tensor
+    scatter_open: Tensor
+    scatter_closed: Tensor
     weight_open: Tensor
     weight_closed: Tensor
+    promised: Tensor
+    window: Tensor
     pull: Tensor
+    _SHARP = 4.0
 
     def __init__(self, *shape: int) -> None:
         super().__init__()
@@ -73,8 +87,10 @@ class GateBank(nn.Module):
         self.register_buffer("flips", zeros.clone())
         self.register_buffer("age", torch.ones(shape))
         for side in ("open", "closed"):
-            self.register_buffer(f"slope_{side}", zeros.clone())
-            self.register_buffer(f"weight_{side}", zeros.clone())
+            for what in ("slope", "scatter", "weight"):
+                self.register_buffer(f"{what}_{side}", zeros.clone())
+        self.register_buffer("promised", zeros.clone())
+        self.register_buffer("window", torch.zeros(()))
         self.register_buffer("pull", zeros.clone(), persistent=False)
 
     def gates(self) -> Tensor:
@@ -97,7 +113,8 @@ class GateBank(nn.Module):
 
     def shared(self) -> tuple[Tensor, ...]:
         """What ranks on different hardware might compute differently in the last bit."""
-        return self.statistic, self.thresholds, self.open, self.slope_open, self.slope_closed
+        sides = (self.slope_open, self.slope_closed, self.scatter_open, self.scatter_closed)
+        return self.statistic, self.thresholds, self.open, *sides
 
     @torch.no_grad()
     def clamp(self) -> None:
@@ -105,75 +122,129 @@ class GateBank(nn.Module):
         self.thresholds.copy_(self.thresholds.clamp_min(0).minimum(self.statistic + 1))
 
     @torch.no_grad()
-    def weigh(self, movable: Tensor, share: Tensor, pace: Pace) -> None:
+    def weigh(self, audible: Tensor, share: float, window: float, pace: Pace) -> None:
         """Take the step's `pull` into the running means of the side each gate is on, and forget it.
 
-        movable: the gates whose flip is a step that the layer can take now; the others have no say.
-        share: of the search that the step is. A gate that has just flipped is not listened to.
+        audible: the gates whose gradient says something. share: of the search that the step is. A gate that has just
+        flipped is not listened to.
         """
-        pull = torch.where(self.pull.isfinite(), self.pull, 0.0)
-        heard = movable & self.pull.isfinite() & (self.age >= pace.hold)
+        self.window.fill_(window)
+        finite = self.pull.isfinite()
+        pull, heard = torch.where(finite, self.pull, 0.0), audible & finite & (self.age >= pace.hold)
         is_open = self.decided() > 0
-        for side, slope, weight in (
-            (is_open, self.slope_open, self.weight_open),
-            (~is_open, self.slope_closed, self.weight_closed),
+        for side, slope, scatter, weight in (
+            (is_open, self.slope_open, self.scatter_open, self.weight_open),
+            (~is_open, self.slope_closed, self.scatter_closed, self.weight_closed),
         ):
             listening = heard & side
-            grown = (weight + share).clamp(max=pace.window)
-            moved = torch.lerp(slope, pull, (share / grown).to(slope.dtype).expand_as(slope))
-            slope.copy_(torch.where(listening, moved, slope))
+            grown = (weight + share).clamp(max=window)
+            part = share / grown
+            away = pull - slope
+            # a running mean and variance, weighted by age (West 1979)
+            scatter.copy_(torch.where(listening, (1 - part) * (scatter + part * away.square()), scatter))
+            slope.copy_(torch.where(listening, slope + part * away, slope))
             weight.copy_(torch.where(listening, grown, weight))
         self.pull.zero_()
 
-    def slope(self) -> Tensor:
-        """What the loss would gain by a gate's opening, dL/dg by the trapezoid rule; one-sided where one is known."""
-        known_open, known_closed = self.weight_open > 0, self.weight_closed > 0
-        both = 0.5 * (self.slope_open + self.slope_closed)
-        return torch.where(known_open & known_closed, both, torch.where(known_open, self.slope_open, self.slope_closed))
+    def foretold(self, images: Tensor) -> Tensor:
+        """L(open) - L(closed) by the second-order expansion from the side that a gate is on, before weights adapt.
+
+        The curvature is the Fisher information, and that is the variance of a batch's gradient times its `images`.
+        """
+        bend_open, bend_closed = 0.5 * images * self.scatter_open, 0.5 * images * self.scatter_closed
+        return torch.where(self.decided() > 0, self.slope_open - bend_open, self.slope_closed + bend_closed)
+
+    def gain(self, images: Tensor) -> Tensor:
+        """What the loss gains by a gate's opening, L(open) - L(closed); the more negative, the better.
+
+        Of a gate that was tried, from both sides by the trapezoid rule: what is left once the weights have adapted. Of
+        another, what is foretold, times the share that adapting left of it where gates of its kind were tried.
+        """
+        tried = (self.weight_open > 0) & (self.weight_closed > 0)
+        return torch.where(tried, 0.5 * (self.slope_open + self.slope_closed), self._left() * self.foretold(images))
+
+    def _left(self) -> Tensor:
+        """Share of what was foretold that is left of it where gates of a kind are closed: (steps,) or ()."""
+        tried = (self.decided() == 0) & self.judged() & (self.promised > 0)
+        found = (-0.5 * (self.slope_open + self.slope_closed)).clamp_min(0).where(tried, 0.0).sum(dim=0)
+        promised = self.promised.where(tried, 0.0).sum(dim=0)
+        # the guess counts as much as one gate that was tried
+        guess = promised / tried.sum(dim=0).clamp_min(1)
+        share = (found + _LEFT * guess) / (promised + guess).clamp_min(torch.finfo(promised.dtype).tiny)
+        return torch.where(promised > 0, share, _LEFT)
+
+    def judged(self) -> Tensor:
+        """The gates whose present side has been seen for long enough."""
+        return torch.where(self.decided() > 0, self.weight_open, self.weight_closed) >= 2 / 3 * self.window
 
     @torch.no_grad()
-    def move(self, price: Tensor, movable: Tensor, share: Tensor, rate: Tensor, pace: Pace) -> None:
+    def move(self, price: Tensor, gain: Tensor, movable: Tensor, way: Tensor) -> None:
         """Move the thresholds: up where `price` (lambda * what an open gate costs) outweighs what the loss gains.
 
-        A gate's speed is the balance of the two between -1 and 1, so that the scale of neither matters, nor the size
-        of its layer. Without a price nothing moves.
+        way: how far at full speed. A gate's speed is the balance of the two between -1 and 1, so that the scale of
+        neither matters, nor the size of its layer. Without a price nothing moves.
         """
-        gain = self.slope()
         balance = (price + gain) / (price.abs() + gain.abs()).clamp_min(torch.finfo(price.dtype).tiny)
+        balance = (self._SHARP * balance).clamp(-1, 1)
         s = torch.sigmoid(self.margin())
-        way = pace.distance * share * rate * 4 * s * (1 - s) * balance
-        way = torch.where(movable & (price != 0) & (self.age >= pace.hold), way, 0.0)
-        self.thresholds += way.to(self.thresholds.dtype)
+        moved = torch.where(movable & (price != 0), way * 4 * s * (1 - s) * balance, 0.0)
+        self.thresholds += moved.to(self.thresholds.dtype)
         self.clamp()
+
+    def band(self, pace: Pace) -> Tensor:
+        """Margin within which each gate stays as it is."""
+        return pace.band * pace.widening**self.flips
 
     def wanted(self, pace: Pace) -> Tensor:
         """Gates by the sign of their margin; inside its band, which every flip widens, a gate stays as it is."""
-        band = pace.band * pace.widening**self.flips
-        margin = self.margin()
+        band, margin = self.band(pace), self.margin()
         return torch.where(margin >= band, 1.0, torch.where(margin < -band, 0.0, self.decided()))
 
     @torch.no_grad()
-    def commit(self, decided: Tensor, share: Tensor) -> None:
-        """Set the gates to `decided` (zeros and ones); count flips and time."""
-        flipped = decided != self.open
+    def commit(self, decided: Tensor, share: float, images: Tensor) -> None:
+        """Set the gates to `decided` (zeros and ones); count flips and time.
+
+        What is known of the side that a gate comes to, or foretold of it, stands until it has been seen anew.
+        """
+        opens, closes = (decided > 0) & (self.decided() == 0), (decided == 0) & (self.decided() > 0)
+        foretold, gain = self.foretold(images), self.gain(images)
+        self.promised.copy_(torch.where(closes, -foretold, self.promised))
+        untried = closes & (self.weight_closed == 0)
+        self.slope_closed.copy_(torch.where(untried, 2 * gain - self.slope_open, self.slope_closed))
+        for flips, weight in ((opens, self.weight_open), (closes, self.weight_closed)):
+            weight.copy_(torch.where(flips, self.window / 3, weight))
+        flipped = opens | closes
         self.flips += flipped
         self.age.copy_(torch.where(flipped, 0.0, self.age + share))
         self.open.copy_(decided)
 
 
+def audible(open_gates: Tensor) -> Tensor:
+    """The gates whose gradient says something: channel gates, and bit gates whose lower ones are all open."""
+    if open_gates.dim() == 1:
+        return torch.ones_like(open_gates, dtype=torch.bool)
+    return _reached(open_gates)[:, :-1] > 0
+
+
 def movable(open_gates: Tensor) -> Tensor:
-    """Bit gates (layers, steps) whose flip changes a layer by one step: the highest open one and the one above it."""
-    edge = torch.ones_like(open_gates[:, :1])
-    reached = torch.cat([edge, open_gates], dim=1).cumprod(dim=1)
-    above = torch.cat([reached[:, 2:], 0 * edge], dim=1)
+    """The gates that may flip: channel gates, and of a layer's bit gates the highest open one and the one above it."""
+    if open_gates.dim() == 1:
+        return torch.ones_like(open_gates, dtype=torch.bool)
+    reached = _reached(open_gates)
+    above = torch.cat([reached[:, 2:], 0 * reached[:, :1]], dim=1)
     return (reached[:, :-1] > 0) & (above == 0)
 
 
+def _reached(open_gates: Tensor) -> Tensor:
+    """Ones up to the first closed gate: (layers, steps) -> (layers, steps + 1), the lowest bit-width first."""
+    return torch.cat([torch.ones_like(open_gates[:, :1]), open_gates], dim=1).cumprod(dim=1)
+
+
 def effective_bits(gates: Tensor, bits: Sequence[int]) -> Tensor:
-    """b_1 + g_2 * (b_2 - b_1 + g_3 * (...)) for gates (layers, steps): bits per layer, differentiable in the gates."""
-    result = torch.zeros(gates.shape[0], dtype=gates.dtype, device=gates.device)
+    """b_1 + g_2 * (b_2 - b_1 + g_3 * (...)) for gates (..., layers, steps): bits per layer, differentiable."""
+    result = torch.zeros(gates.shape[:-1], dtype=gates.dtype, device=gates.device)
     for j in reversed(range(len(bits) - 1)):
-        result = gates[:, j] * (bits[j + 1] - bits[j] + result)
+        result = gates[..., j] * (bits[j + 1] - bits[j] + result)
     return result + bits[0]
 
 

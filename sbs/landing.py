@@ -5,9 +5,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from sbs.bops import bops_under
+from sbs.bops import bops_under, worths
 from sbs.errors import SbsError
-from sbs.gates import selected
+from sbs.gates import movable, selected
 from sbs.supernet import SuperNet, supernet_of
 
 Gates = dict[str, Tensor]
@@ -92,7 +92,7 @@ class _Walk:
         self.net, self.top, self.floor = net, bops, bops * (1 - tolerance)
         self.gates = _gates_of(net)
         self.crossed: set[tuple[str, tuple[int, ...]]] = set()
-        self.margins = {name: getattr(net, name).margin().detach().double().cpu() for name in _BANKS}
+        self.claims = {name: claim.double().cpu() for name, claim in zip(_BANKS, _claims(net), strict=True)}
 
     def run(self) -> Gates:
         best, best_miss = self._copy(), self._miss(_bops(self.net, self.gates))
@@ -138,13 +138,13 @@ class _Walk:
             for row, chosen in enumerate(selected(is_open).tolist()):
                 column = chosen - 1 if down else chosen
                 if 0 <= column < is_open.shape[1]:
-                    distance = sign * float(self.margins[bank][row, column])
+                    distance = sign * float(self.claims[bank][row, column])
                     moves.append(_Move(bank, (row, column), 0.0 if down else 1.0, distance))
         is_open = self.gates["channel_gates"]
         closable = _closable(self.net, is_open)
         for gate, value in enumerate(is_open.tolist()):
             if (value == 1.0 and closable[gate] > 0) if down else value == 0.0:
-                distance = sign * float(self.margins["channel_gates"][gate])
+                distance = sign * float(self.claims["channel_gates"][gate])
                 moves.append(_Move("channel_gates", (gate,), 1.0 - value, distance))
         return moves
 
@@ -153,6 +153,17 @@ class _Walk:
 
     def _copy(self) -> Gates:
         return {name: gate.clone() for name, gate in self.gates.items()}
+
+
+def _claims(net: SuperNet) -> list[Tensor]:
+    """What each gate is worth, by bank: the loss per log BOPs that it saves; before that is known, its margin."""
+    banks, gates = net.banks(), [bank.decided() for bank in net.banks()]
+    known = [
+        (bank.weight_open + bank.weight_closed > 0) | ~movable(gate) for bank, gate in zip(banks, gates, strict=True)
+    ]
+    if all(bool(each.all()) for each in known):
+        return worths(net, gates)
+    return [bank.margin() for bank in banks]
 
 
 def _gates_of(net: SuperNet) -> Gates:

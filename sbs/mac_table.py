@@ -55,18 +55,17 @@ class MacTable(nn.Module):
         self.register_buffer("searched_index", torch.tensor(searched), persistent=False)
 
     def forward(self, channel_gates: Tensor) -> Tensor:
-        """Gates of all groups (groups,) -> MACs (layers,), float64."""
+        """Gates of all groups (..., groups) -> MACs (..., layers), float64."""
         # net.float() and the like convert the buffers
-        constant = self.constant.double()
-        kept = self._kept(channel_gates)
-        kept = torch.cat([kept.new_ones(1), kept])
-        return constant * kept[self.outputs] * kept[self.inputs]
+        constant, kept = self.constant.double(), self._kept(channel_gates)
+        kept = torch.cat([torch.ones_like(kept[..., :1].sum(-1, keepdim=True)), kept], dim=-1)
+        return constant * kept[..., self.outputs] * kept[..., self.inputs]
 
     def shares(self, channel_gates: Tensor) -> Tensor:
         """Share of every ChannelGroup's channels that its gates leave open, (ChannelGroups,), in the gates' type."""
         return self._kept(channel_gates).to(channel_gates.dtype) / self.totals.to(channel_gates.dtype)
 
     def _kept(self, channel_gates: Tensor) -> Tensor:
-        """Open channels of every ChannelGroup, float64."""
-        zeros = self.constant.new_zeros(self.groups, dtype=torch.float64)
-        return zeros.index_add(0, self.owner, channel_gates.double() * self.sizes.double())
+        """Open channels of every ChannelGroup, (..., ChannelGroups), float64."""
+        channels = channel_gates.double() * self.sizes.double()
+        return channels.new_zeros(*channels.shape[:-1], self.groups).index_add(-1, self.owner, channels)

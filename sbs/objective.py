@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from sbs import decide
 from sbs.bops import bops_under
 from sbs.errors import SbsError
-from sbs.gates import GateBank, effective_bits
+from sbs.gates import PACE, effective_bits, movable
 from sbs.layers import QuantizedLayer, clamp_clips
 from sbs.siblings import gather
 from sbs.supernet import SuperNet, supernet_of
@@ -69,17 +69,18 @@ def param_groups(net: nn.Module) -> dict[str, list[nn.Parameter]]:
     return groups
 
 
-def after_step(net: nn.Module, steps: int = DEFAULT_STEPS) -> None:
+def after_step(net: nn.Module, steps: int = DEFAULT_STEPS, *, loss_scale: float = 1.0) -> None:
     """Call after every optimizer.step(): clamps, and in a super-network the statistics and the gates.
 
-    steps: how many the whole search has; gates move at a pace that brings them to rest in that time.
+    steps: how many the whole search has; gates move at a pace that brings them to rest in that time. loss_scale: what
+    the loss was multiplied by before the backward pass, where a GradScaler did so.
 
     The network may be wrapped (DDP, torch.compile). In a super-network every rank must call it: it does one small
     all-reduce where torch.distributed is initialised.
     """
     supernets = [m for m in net.modules() if isinstance(m, SuperNet)]
     for supernet in supernets:
-        decide.step(supernet, steps)
+        decide.step(supernet, steps, loss_scale)
     if not supernets:
         clamp_clips(net)
         gather(net)
@@ -89,17 +90,26 @@ def margins(net: SuperNet) -> dict[str, dict[str, list[float]]]:
     """Statistic minus threshold of every gate, by layer and kind.
 
     Kinds are "weight" and "activation" (bit steps, rising) and "channel" (groups of the layer's outputs). Above 0 a
-    gate is open, below it is closed, but for the hysteresis and for groups that max_prune_share holds open; an open bit
-    step above a closed one counts for nothing. Layers without gates are left out.
+    gate is open, below it is closed, but for its band, for groups that max_prune_share holds open, and for gates that
+    landed on a budget; an open bit step above a closed one counts for nothing. Layers without gates are left out.
     """
     net = supernet_of(net, "margins")
+    return _by_layer(net, [bank.margin() for bank in net.banks()])
+
+
+def flips(net: SuperNet) -> dict[str, dict[str, list[float]]]:
+    """How often every gate has flipped since the search began, by layer and kind as in `margins`."""
+    net = supernet_of(net, "flips")
+    return _by_layer(net, [bank.flips for bank in net.banks()])
+
+
+def _by_layer(net: SuperNet, figures: list[Tensor]) -> dict[str, dict[str, list[float]]]:
+    *bits, channels = [figure.tolist() for figure in figures]
     result: dict[str, dict[str, list[float]]] = {}
-    for side in ("weight", "activation"):
-        bank: GateBank = getattr(net, f"{side}_gates")
-        for name, row in zip(net.searched, bank.margin().tolist(), strict=True):
+    for side, rows in zip(("weight", "activation"), bits, strict=True):
+        for name, row in zip(net.searched, rows, strict=True):
             if row:
                 result.setdefault(name, {})[side] = row
-    channels = net.channel_gates.margin().tolist()
     # without pruning there are groups, and no slices
     for group, (begin, end) in zip(net.graph.groups, net.group_slices, strict=False):
         result.setdefault(group.root, {})["channel"] = channels[begin:end]
@@ -109,16 +119,14 @@ def margins(net: SuperNet) -> dict[str, dict[str, list[float]]]:
 def telemetry(net: SuperNet) -> dict[str, float]:
     """Where the gates are: share of open gates per bit step, bits, pruned share, flips, distance of the thresholds.
 
-    gates/margin_* is the smallest |statistic - threshold| of a kind; gates/flips counts since the search began.
+    gates/margin_* is the smallest |statistic - threshold| of a kind; gates/flips counts since the search began;
+    gates/undecided is the share of the gates that may flip and stand within their band.
     """
     net = supernet_of(net, "telemetry")
     result: dict[str, float] = {}
-    flips = 0
-    for side in ("weight", "activation", "channel"):
-        bank: GateBank = getattr(net, f"{side}_gates")
+    for side, bank in zip(("weight", "activation", "channel"), net.banks(), strict=True):
         if bank.thresholds.numel() == 0:
             continue
-        flips += int(bank.flips.sum())
         result[f"gates/margin_{side}"] = float(bank.margin().abs().min())
         result[f"gates/threshold_{side}"] = float(bank.thresholds.mean())
         if side == "channel":
@@ -129,5 +137,11 @@ def telemetry(net: SuperNet) -> dict[str, float]:
         for b, share in zip(bits[1:], reached.tolist(), strict=True):
             result[f"gates/open_{side}_{b}"] = share
         result[f"gates/mean_{side}_bits"] = float(effective_bits(bank.decided(), bits).mean())
-    result["gates/flips"] = float(flips)
+    flipped = torch.cat([bank.flips.flatten() for bank in net.banks()])
+    free = torch.cat([movable(bank.decided()).flatten() for bank in net.banks()])
+    undecided = torch.cat([(bank.margin().abs() < bank.band(PACE)).flatten() for bank in net.banks()])
+    result["gates/flips"] = float(flipped.sum())
+    result["gates/flips_per_gate"] = float(flipped.sum() / max(1, len(flipped)))
+    result["gates/most_flips"] = float(flipped.max()) if len(flipped) else 0.0
+    result["gates/undecided"] = float((undecided & free).sum() / free.sum().clamp_min(1))
     return result

@@ -13,6 +13,11 @@ def _initialised() -> bool:
     return dist.is_available() and dist.is_initialized()
 
 
+def world() -> int:
+    """How many ranks there are."""
+    return dist.get_world_size() if _initialised() else 1
+
+
 def average(tensors: list[Tensor]) -> None:
     """Mean over the ranks, in place."""
     if not tensors or not _initialised():
@@ -35,8 +40,8 @@ def agree(sums: list[Tensor], means: list[Tensor], banks: Iterable[GateBank]) ->
     total = _summed([*sums, *means, *given])
     for t, part in zip([*sums, *means, *own], total, strict=True):
         t.copy_(part)
-    for t in means:
-        t /= dist.get_world_size()
+    if means:
+        torch._foreach_div_(means, float(world()))
 
 
 def _summed(tensors: list[Tensor]) -> list[Tensor]:

@@ -24,9 +24,6 @@ from sbs.space import FULL_PRECISION_BITS, SearchSpace, describe, levels
 from sbs.tracing import check_calls, check_unhooked
 from sbs.weights import Masks, Snapshot, WeightCodes, moments, weight_codes
 
-GATES = ("weight", "activation", "channel")
-"""What gates decide on, in the order of `SuperNet.banks()`."""
-
 
 class SuperNet(nn.Module):
     """`model` with its convolutions and linear layers replaced, and the gate banks of the search.
@@ -52,11 +49,13 @@ class SuperNet(nn.Module):
         self.group_slices = _slices(graph, space) if space.prune else ()
         total = self.group_slices[-1][1] if self.group_slices else 0
         self.channel_gates = GateBank(total).to(device)
-        # share of the search that is over, and dL/d(log BOPs) of the step by what it presses upon, see `GATES`
-        self.register_buffer("progress", torch.zeros((), dtype=torch.float64, device=device))
+        # images of the last step on all ranks, and steps of the search so far; dL/d(log BOPs) of the step, for the
+        # gates of every bank
+        self.register_buffer("images", torch.zeros((), dtype=torch.int64, device=device))
+        self.register_buffer("steps_done", torch.zeros((), dtype=torch.int64, device=device))
         felt = [[1, 1, 1], [1, 0, 1], [0, 1, 1]]
         self.register_buffer("_felt", torch.tensor(felt, dtype=torch.float64, device=device), persistent=False)
-        self.register_buffer("pressure", torch.zeros(len(GATES), dtype=torch.float64, device=device), persistent=False)
+        self.register_buffer("pressure", torch.zeros(3, dtype=torch.float64, device=device), persistent=False)
         self._index_channels(device)
         self.macs = MacTable(graph, self.group_sizes, self.group_slices).to(device)
         self._index_masks(device)
@@ -66,6 +65,7 @@ class SuperNet(nn.Module):
         self._kept_version: tuple[int, int] | None = None
         self._left_moments: tuple[Snapshot, tuple[Tensor, Tensor]] | None = None
         self._is_started = False
+        self._passed = 0
         for side in ("weight", "activation"):
             bits = getattr(space, f"{side}_bits")
             steps = torch.tensor([float(levels(b)) for b in bits], device=device)
@@ -155,6 +155,8 @@ class SuperNet(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(N, C, H, W) -> logits, with the gates as they were decided after the last step."""
         self._warn_without_start()
+        if self.training and torch.is_grad_enabled():
+            self._passed += len(x)
         before = self._contexts()
         self._set_contexts()
         try:
@@ -273,7 +275,8 @@ class SuperNet(nn.Module):
     kept_index: Tensor
     kept_gates: Tensor
     _edge_steps: Tensor
-    progress: Tensor
+    images: Tensor
+    steps_done: Tensor
     pressure: Tensor
     _felt: Tensor
 
@@ -289,6 +292,12 @@ class SuperNet(nn.Module):
     def searched_layers(self) -> list[QuantizedLayer]:
         """The layers whose bits are searched, in the order of the rows of the bit gates."""
         return [layer for name, layer in self.layers() if name in self._rows]
+
+    def count_images(self, ranks: int) -> None:
+        """Set `images` to those of this step on all ranks, where there was a training pass."""
+        if self._passed:
+            self.images.fill_(self._passed * ranks)
+        self._passed = 0
 
     def forget_contexts(self) -> None:
         """End the step: a layer has no gates until the next forward pass."""
@@ -313,7 +322,7 @@ class SuperNet(nn.Module):
     def leave_moments(self, means: Tensor, stds: Tensor) -> None:
         """Leave the moments of the quantised weights for the next training pass, if the weights stay."""
         # on a GPU asking whether they did would wait for it; tensors of inference mode no later step can use
-        if self.progress.device.type == "cpu" and not torch.is_inference_mode_enabled():
+        if self.steps_done.device.type == "cpu" and not torch.is_inference_mode_enabled():
             self._left_moments = Snapshot.of([layer.weight for layer in self.coded_layers()]), (means, stds)
 
     def refresh_kept(self) -> None:

@@ -14,6 +14,8 @@ import sys
 import sysconfig
 import tempfile
 import tomllib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from scripts import debian
@@ -165,8 +167,9 @@ def ffcv_works() -> bool:
     return subprocess.run([str(PYTHON), "-c", code], capture_output=True, check=False).returncode == 0
 
 
-def build_ffcv(log: Path) -> None:
-    """FFCV from source, against the few libraries it uses; about 20 s."""
+@contextmanager
+def ffcv_environment() -> Iterator[dict[str, str]]:
+    """The variables under which pip builds FFCV, against the two parts of OpenCV that it uses."""
     # pkg-config's flags are split at blanks: a folder without any, whatever TMPDIR and the checkout are called.
     with tempfile.TemporaryDirectory(
         prefix="sbs-ffcv-", dir=None if " " not in tempfile.gettempdir() else "/tmp"
@@ -177,7 +180,12 @@ def build_ffcv(log: Path) -> None:
         include = " ".join(f"-I{path}" for path in INCLUDE_FOLDERS if path.name == "opencv4" and path.is_dir())
         (shim / "opencv4.pc").write_text(OPENCV_PC.format(shim=shim, include=include))
         paths = [str(shim), *filter(None, [os.environ.get("PKG_CONFIG_PATH")])]
-        environment = {**os.environ, "PKG_CONFIG_PATH": ":".join(paths), "TMPDIR": folder}
+        yield {**os.environ, "PKG_CONFIG_PATH": ":".join(paths), "TMPDIR": folder}
+
+
+def build_ffcv(log: Path) -> None:
+    """FFCV from source, against the few libraries it uses; about 20 s."""
+    with ffcv_environment() as environment:
         # Built here each time: a wheel from pip's cache could be linked against libraries that are gone since.
         pip_install(
             log, "--no-deps", "--no-build-isolation", "--no-cache-dir", "--force-reinstall", FFCV, env=environment

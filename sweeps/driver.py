@@ -17,7 +17,7 @@ from harness.tracking.mirror import Mirror
 from harness.tracking.store import Store, default_uri
 from sweeps import folder, outcome
 from sweeps.plan import Plan, Planner, finished, unfinished
-from sweeps.resources import Demand, concurrency
+from sweeps.resources import Demand, concurrency, idle_gpus
 from sweeps.space import Space
 from sweeps.stopping import StopRequest
 from sweeps.trial import run_trial
@@ -55,10 +55,20 @@ class Sweep:
         """Trials that are still to run."""
         return self.total - len(self.plan.trials) + len(unfinished(self.plan.trials, self.space))
 
+    def idle(self, nodes: Sequence[Node]) -> list[str]:
+        """Words for every kind of trial that leaves GPUs idle."""
+        return idle_remarks(self.plan, self.space, nodes)
+
     def at_once(self, nodes: Sequence[Node]) -> int:
         """How many trials run at once. Raises `UserError` with the arithmetic if one never can."""
         demands = {Demand.of(spec.recipe) for spec in self.plan.trials}
         return min(concurrency(demand, nodes, self.space.name, self.space.max_concurrent) for demand in demands)
+
+
+def idle_remarks(plan: Plan, space: Space, nodes: Sequence[Node]) -> list[str]:
+    """Words for GPUs that stay idle, once for each kind of trial."""
+    demands = dict.fromkeys(Demand.of(spec.recipe) for spec in plan.trials)
+    return [text for each in demands if (text := idle_gpus(each, nodes, space.max_concurrent))]
 
 
 def prepare(space: Space, base: Recipe, runs_dir: Path) -> Sweep:

@@ -49,6 +49,7 @@ def outlook(space: Space, base: Recipe, runs_dir: Path) -> Outlook:
         try:
             demands = {Demand.of(spec.recipe) for spec in plan.trials}
             at_once = min(concurrency(demand, nodes, space.name, space.max_concurrent) for demand in demands)
+            remarks += driver.idle_remarks(plan, space, nodes)
         except UserError as error:
             remarks.append(f"cannot start here: {error}")
     try:

@@ -68,6 +68,8 @@ class Waves:
                         on_begin=self._on_begin,
                         on_end=self._on_end,
                     )
+                    for text in sweep.idle(nodes):
+                        board.say(text)
                     with self._clock.measuring("trials"):
                         self._both(settings)
             except GraceOver:

@@ -1,5 +1,6 @@
 """`open_data`: batches of a data set folder, through FFCV or through torch and PIL, with the same content."""
 
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -10,6 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from harness.config import DataConfig
+from harness.data.device import DeviceFeed, HostBatch
 from harness.data.manifest import Manifest, Split, open_checked
 from harness.data.memory import choose
 from harness.data.pipeline import Backend, Pipeline
@@ -40,6 +42,7 @@ def open_data(
     train = split == "train"
     memory, order = choose(index.path, data.memory, data.order) if train else ("cache", "random")
     mean, std = np.asarray(data.mean or manifest.mean), np.asarray(data.std or manifest.std)
+    table = _table(mean, std, dtype)
     pipeline = Pipeline(
         index=index,
         train=train,
@@ -53,14 +56,13 @@ def open_data(
         crop_share=data.eval_crop_share,
         order_kind=order,
         memory=memory,
-        table=_table(mean, std, device, dtype),
-        mean_std=np.stack([mean, std]),
+        table=_host_table(table, device),
         fill=np.rint(mean).astype(np.uint8),
         threads=data.workers,
         stall_limit_s=stall_limit_s,
     )
     _check(pipeline)
-    return Loader(pipeline, manifest, _backend(data.backend, pipeline), device, dtype)
+    return Loader(pipeline, manifest, _backend(data.backend, pipeline), device, table)
 
 
 def _backend(name: Literal["ffcv", "torch"], pipeline: Pipeline) -> Backend:
@@ -74,15 +76,17 @@ def _backend(name: Literal["ffcv", "torch"], pipeline: Pipeline) -> Backend:
     return backend
 
 
-def _table(
-    mean: NDArray[np.float64], std: NDArray[np.float64], device: torch.device, dtype: torch.dtype
-) -> NDArray[Any]:
-    """(3, 256): byte to normalised number for each channel; bytes stay bytes where the device normalises."""
+def _table(mean: NDArray[np.float64], std: NDArray[np.float64], dtype: torch.dtype) -> Tensor:
+    """(3, 256): byte to normalised number for each channel."""
     levels = np.arange(256, dtype=np.float64)
+    return torch.from_numpy((levels - mean[:, None]) / std[:, None]).to(dtype)
+
+
+def _host_table(table: Tensor, device: torch.device) -> NDArray[Any]:
+    """What the host makes of a byte: the number, in numpy's nearest type; or a byte, where the device normalises."""
     if device.type != "cpu":
-        return np.tile(levels.astype(np.uint8), (3, 1))
-    table = torch.from_numpy((levels - mean[:, None]) / std[:, None]).to(dtype)
-    return (table if dtype == torch.float32 else table.view(torch.int16)).numpy()
+        return np.tile(np.arange(256, dtype=np.uint8), (3, 1))
+    return (table if table.dtype == torch.float32 else table.view(torch.int16)).numpy()
 
 
 def _check(pipeline: Pipeline) -> None:
@@ -107,21 +111,22 @@ def _check(pipeline: Pipeline) -> None:
 class Loader:
     """Batches of one rank. `num_samples` counts the whole split; `len()` is this rank's batches of an epoch.
 
-    `stack` names what loads the images; `order` and `memory` say what was chosen.
+    `stack` names what loads the images; `order` and `memory` say what was chosen; `waited_s` grows by the time that
+    batches were not ready when they were asked for (a GPU that is behind is not counted).
     """
 
     def __init__(
-        self, pipeline: Pipeline, manifest: Manifest, backend: Backend, device: torch.device, dtype: torch.dtype
+        self, pipeline: Pipeline, manifest: Manifest, backend: Backend, device: torch.device, table: Tensor
     ) -> None:
         self.num_samples = manifest.num_samples
         self.num_classes = len(manifest.classes)
         self.classes = manifest.classes
         self.stack = backend.name
         self.order, self.memory = pipeline.order_kind, pipeline.memory
+        self.waited_s = 0.0
         self._pipeline, self._backend = pipeline, backend
-        self._device, self._dtype = device, dtype
-        self._copied = torch.cuda.Event() if device.type == "cuda" else None
-        self._normalise = torch.tensor(pipeline.mean_std, device=device, dtype=torch.float32)
+        self._dtype = table.dtype
+        self._feed = None if device.type == "cpu" else DeviceFeed(table, device)
 
     def __len__(self) -> int:
         return len(self._pipeline)
@@ -129,16 +134,15 @@ class Loader:
     def epoch(self, epoch: int, skip: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield (images, labels) of an epoch from batch number `skip` on.
 
-        images: (n, 3, size, size), channels_last, normalised, of the loader's type and device; labels: (n,) int64. On
-        the CPU both are views of buffers that are filled again once the next batch is asked for: clone what you keep.
+        images: (n, 3, size, size), channels_last, normalised, of the loader's type and device; labels: (n,) int64. Both
+        are views of buffers that are filled again once the next batch is asked for: clone what you keep. On a GPU the
+        reader's work on the current stream counts, launched before it asks.
         """
         order = self._pipeline.order(epoch)[skip * self._pipeline.batch_size :]
         batches = self._backend.batches(epoch, order, self._pipeline.size(epoch))
+        made = self._timed(batches)
         try:
-            for images, labels in batches:
-                yield self._deliver(images), torch.from_numpy(labels).to(self._device)
-                if self._copied is not None:
-                    self._copied.synchronize()  # the pinned buffer is filled again once the next batch is asked for
+            yield from map(self._deliver, made) if self._feed is None else self._feed.batches(made)
         finally:
             batches.close()  # type: ignore[attr-defined]
 
@@ -151,12 +155,15 @@ class Loader:
         """End the loader's threads and processes."""
         self._backend.close()
 
-    def _deliver(self, images: NDArray[Any]) -> Tensor:
-        batch = torch.from_numpy(images)
-        if self._device.type == "cpu":
-            return (batch if self._dtype == torch.float32 else batch.view(self._dtype)).permute(0, 3, 1, 2)
-        batch = batch.to(self._device, non_blocking=True)
-        if self._copied is not None:
-            self._copied.record()
-        mean, std = self._normalise
-        return batch.to(torch.float32).sub_(mean).div_(std).to(self._dtype).permute(0, 3, 1, 2)
+    def _timed(self, batches: Iterator[HostBatch]) -> Iterator[HostBatch]:
+        while True:
+            begin_s = time.perf_counter()
+            batch = next(batches, None)
+            self.waited_s += time.perf_counter() - begin_s
+            if batch is None:
+                return
+            yield batch
+
+    def _deliver(self, host: HostBatch) -> tuple[Tensor, Tensor]:
+        images, labels = map(torch.from_numpy, host)
+        return (images if self._dtype == torch.float32 else images.view(self._dtype)).permute(0, 3, 1, 2), labels

@@ -22,8 +22,8 @@ WINDOW_PAGES = 32
 class Pipeline:
     """One rank's view of one split.
 
-    `batch_size` is per rank; `table` maps channel and byte to the delivered number; `sizes` holds (first epoch, side in
-    pixels) of a progressive resizing, in order.
+    `batch_size` is per rank; `table` maps channel and byte to what the host delivers; `sizes` holds (first epoch, side
+    in pixels) of a progressive resizing, in order.
     """
 
     index: Index
@@ -38,7 +38,6 @@ class Pipeline:
     order_kind: Order
     memory: Memory
     table: NDArray[np.uint8] | NDArray[np.float32] | NDArray[np.int16]
-    mean_std: NDArray[np.float64]
     fill: NDArray[np.uint8]
     threads: int
     sizes: tuple[tuple[int, int], ...] = ()

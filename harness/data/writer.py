@@ -38,6 +38,7 @@ from harness.data.manifest import (
 )  # fmt: skip
 from harness.data.sources import Scan, Source, SplitScan, parse_source
 from harness.errors import UserError
+from harness.version import DISTRIBUTION, own_version
 
 # Called with (split, samples done, samples in all).
 Progress = Callable[[str, int, int], None]
@@ -332,7 +333,7 @@ class _SplitWork:
                 "index": index_digest(path, read_index(path)),
                 "images": hashlib.sha256(rows["digest"].tobytes()).hexdigest(),
             },
-            written_by={"sbs-harness": version("sbs-harness"), "pillow": version("pillow")},
+            written_by={DISTRIBUTION: own_version(), "pillow": version("pillow")},
         )
 
     def _normalisation(self, rows: NDArray[np.void]) -> tuple[Any, Any]:

@@ -21,21 +21,34 @@ def names() -> list[str]:
 
 def figure_text(row: Row) -> str:
     """The figure with its interval, e.g. `1.21 x (1.18-1.25, n=7)`."""
-    text = f"{row.value:.3g} {row.unit}".strip()
+    text = f"{_short(row.value)} {row.unit}".strip()
     if isinstance(row.figure, Estimate):
-        text += f" ({row.figure.low:.3g}-{row.figure.high:.3g}, n={row.figure.repeats})"
+        text += f" ({_short(row.figure.low)}-{_short(row.figure.high)}, n={row.figure.repeats})"
     return text
+
+
+def _short(value: float) -> str:
+    """Three digits, or all of those before the point."""
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
+
+
+def limit_text(row: Row) -> str:
+    """The limit, e.g. `<= 1.25`; nothing where there is none."""
+    return "" if row.must is None else f"{'>=' if row.at_least else '<='} {row.must:g}"
+
+
+def verdict_text(row: Row) -> str:
+    """MET or MISS, then whether what is wanted was reached."""
+    said: list[str] = [row.verdict] if row.verdict else []
+    if row.wanted is not None:
+        reached = row.value >= row.wanted if row.at_least else row.value <= row.wanted
+        said.append(f"wanted {'>=' if row.at_least else '<='} {row.wanted:g}: {'reached' if reached else 'not yet'}")
+    return ", ".join(said)
 
 
 def line(row: Row) -> str:
     """The row as it is printed."""
-    sign = ">=" if row.at_least else "<="
-    verdict = row.verdict
-    if row.wanted is not None:
-        reached = row.value >= row.wanted if row.at_least else row.value <= row.wanted
-        verdict += f", wanted {sign} {row.wanted:g}: {'reached' if reached else 'not yet'}"
-    limit = "" if row.must is None else f"{sign} {row.must:g}"
-    return LINE.format(row.name, figure_text(row), limit, verdict).rstrip()
+    return LINE.format(row.name, figure_text(row), limit_text(row), verdict_text(row)).rstrip()
 
 
 def measure(name: str) -> tuple[int, int]:

@@ -10,7 +10,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +24,7 @@ from harness.data.loader import open_data
 from harness.data.sources import ImageFolder, Scan, SplitScan
 from harness.data.writer import write
 from tests.benchmarks.measure import Estimate, NotHereError, Row, estimate
+from tests.benchmarks.photos import Repeated, make_photos
 
 PHOTOS, SMALL, BATCH, REPEATS = 256, 16384, 64, 7
 MEAN, STD = (123.7, 116.8, 103.9), (58.4, 57.1, 57.4)
@@ -39,7 +39,7 @@ def rows() -> Iterator[Row]:
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         yield from _starting(folder)
-        photos = _make_photos(folder / "photos")
+        photos = make_photos(folder / "photos", PHOTOS)
         yield from _writing(photos, folder)
         for share, limit in ((1.0, 2.2), (0.5, 2.6)):
             place = folder / f"share-{share}"
@@ -199,37 +199,6 @@ def _tensor(image: Image.Image, random: np.random.Generator) -> torch.Tensor:
 _MEAN, _STD = torch.tensor(MEAN).view(3, 1, 1) / 255, torch.tensor(STD).view(3, 1, 1) / 255
 
 
-def _make_photos(root: Path) -> ImageFolder:
-    """Photos with the spectrum of natural images (amplitude falling as 1/frequency) and their weight in JPEG."""
-    random = np.random.default_rng(0)
-    frequency = np.hypot(np.fft.fftfreq(375)[:, None], np.fft.rfftfreq(500)[None, :])
-    frequency[0, 0] = 1.0
-    for split, count in (("train", PHOTOS), ("val", 32)):
-        folder = root / split / "all"
-        folder.mkdir(parents=True)
-        for number in range(count):
-            noise = random.normal(size=(3, 375, 251)) + 1j * random.normal(size=(3, 375, 251))
-            field = np.fft.irfft2(noise / frequency**1.1, s=(375, 500)).transpose(1, 2, 0)
-            grey = field.mean(axis=2, keepdims=True)
-            field = grey + 0.3 * (field - grey)
-            image = Image.fromarray(np.clip(120 + 55 * field / field.std(), 0, 255).astype(np.uint8))
-            image.save(folder / f"{number}.jpg", quality=92)
-    return ImageFolder(root)
-
-
-@dataclass(frozen=True)
-class _Repeated(ImageFolder):
-    """The same photos several times over."""
-
-    times: int = 6
-
-    def scan(self) -> Scan:
-        scan = super().scan()
-        part = scan.splits["train"]
-        several = SplitScan(list(part.refs) * self.times, np.tile(part.labels, self.times))
-        return replace(scan, splits={"train": several, "val": scan.splits["val"]})
-
-
 class _SmallImages:
     """A source of noise."""
 
@@ -264,7 +233,7 @@ def _writing(photos: ImageFolder, folder: Path) -> Iterator[Row]:
                     seen.append((time.perf_counter(), done))
 
             write(
-                _Repeated(photos.root), folder / f"written-{workers}-{repeat}", WriteSettings(), workers=workers,
+                Repeated(photos.root), folder / f"written-{workers}-{repeat}", WriteSettings(), workers=workers,
                 progress=heard,
             )  # fmt: skip
             (first, before), (last, after) = seen[workers - 1], seen[-workers]

@@ -25,12 +25,13 @@ from torch.nn import functional as F
 from torch.profiler import ProfilerActivity, profile
 
 import sbs
+from harness.arithmetic import arithmetic
 from harness.config import RunConfig
-from harness.ranks import arithmetic
-from tests.benchmarks.measure import Row, estimate
+from tests.benchmarks.measure import Estimate, Row, estimate
 from tests.numerics import oracle
 
 ROUNDS = 9
+CALIBRATION = 128  # images; in full precision a whole batch of a GPU may not fit
 ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -45,6 +46,11 @@ class Case:
     must: float
     wanted: float
 
+    @property
+    def title(self) -> str:
+        """What its rows begin with."""
+        return f"{self.model} {self.size} px, batch {self.batch}"
+
 
 CASES = (
     Case("resnet20", 32, 128, 2, must=1.25, wanted=1.15),
@@ -55,15 +61,23 @@ MEMORY_MUST, MEMORY_WANTED, CHAIN_MUST = 1.3, 1.15, 0.55
 COLD_MUST_S, WARM_MUST_S = 30.0, 2.0
 
 
+Gradients = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+
+
 @dataclass
 class Variant:
-    """A network in training, and all that one optimiser step of it does."""
+    """A network in training, and all that one optimiser step of it does.
+
+    `forward`: the network compiled, say; `captured`: what replaces `gradients`, a graph of them.
+    """
 
     net: nn.Module
     images: Tensor
     labels: Tensor
     search: bool = False
     autocast: bool = False
+    forward: Callable[[Tensor], Tensor] | None = None
+    captured: Gradients | None = None
     optimizer: torch.optim.Optimizer = field(init=False)
 
     def __post_init__(self) -> None:
@@ -74,14 +88,20 @@ class Variant:
     def step(self) -> None:
         """Forward, backward, update; in a search with the BOP penalty, in any of ours with after_step."""
         self.optimizer.zero_grad()
-        with torch.autocast(self.images.device.type, dtype=torch.bfloat16, enabled=self.autocast):
-            loss = F.cross_entropy(self.net(self.images).float(), self.labels)
+        (self.gradients if self.captured is None else self.captured)(self.images, self.labels)
+        self.optimizer.step()
+        sbs.after_step(self.net)
+
+    def gradients(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """Forward and backward; logits and loss."""
+        with torch.autocast(images.device.type, dtype=torch.bfloat16, enabled=self.autocast):
+            logits = (self.net if self.forward is None else self.forward)(images)
+            loss = F.cross_entropy(logits.float(), labels)
         if self.search:
             self.parity = 1 - self.parity
             loss = loss + 0.1 * sbs.bop_penalty(self.net, gradient=("weights", "activations")[self.parity])
         loss.backward()
-        self.optimizer.step()
-        sbs.after_step(self.net)
+        return logits.detach(), loss.detach()
 
     def static_bytes(self) -> int:
         """Parameters, buffers and momentum."""
@@ -100,31 +120,44 @@ def start(case: Case, device: str) -> tuple[nn.Module, Tensor, Tensor]:
 
 def prepared(model: nn.Module, x: Tensor) -> sbs.SuperNet:
     """Its super-network, ready for the first step."""
-    search = sbs.prepare(model, sbs.SearchSpace(), x, absorb_relus=True)
-    sbs.calibrate(search, [x])
+    search = sbs.prepare(model, sbs.SearchSpace(), x[:1], absorb_relus=True)
+    sbs.calibrate(search, [x[:CALIBRATION]])
     return search
 
 
-def variants(case: Case, device: str = "cpu", *, autocast: bool = False) -> dict[str, Variant]:
-    """The four rows of the table, from the same weights."""
+def variants(case: Case, device: str = "cpu", *, autocast: bool = False, chain: bool = True) -> dict[str, Variant]:
+    """The rows of the table, from the same weights; `chain`: with the written-out one."""
     model, x, y = start(case, device)
-    policy = sbs.Policy.uniform(model, x, 4, 4)
+    policy = sbs.Policy.uniform(model, x[:1], 4, 4)
     search = prepared(model, x)
-    state = model.state_dict()
-    chain = sbs.models.build(case.model, 100).to(device, memory_format=torch.channels_last)
-    chain.load_state_dict(state)
     nets = {
         "full precision": model,
-        "uniform 4/4": sbs.compress(model, policy, example_input=x, calibration=[x]),
-        "written-out chain": oracle.chain_network(chain).to(device),
+        "uniform 4/4": sbs.compress(model, policy, example_input=x[:1], calibration=[x[:CALIBRATION]]),
         "search": search,
     }
+    if chain:
+        nets["written-out chain"] = oracle.chain_network(twin(case, model)).to(device)
     return {n: Variant(net, x, y, search=n == "search", autocast=autocast) for n, net in nets.items()}
+
+
+def twin(case: Case, model: nn.Module) -> nn.Module:
+    """A network of its own with the weights of another, on its device."""
+    device = next(model.parameters()).device
+    copy = sbs.models.build(case.model, 100).to(device, memory_format=torch.channels_last)
+    copy.load_state_dict(model.state_dict())
+    return copy
+
+
+def cpu_s(work: Callable[[], object]) -> float:
+    """CPU seconds of this process for one call."""
+    start = time.process_time()
+    work()
+    return time.process_time() - start
 
 
 def rounds(
     work: dict[str, Callable[[], object]],
-    clock: Callable[[], float] = time.process_time,
+    timed: Callable[[Callable[[], object]], float] = cpu_s,
     count: int = ROUNDS,
     warmup: int = 2,
 ) -> dict[str, list[float]]:
@@ -133,10 +166,9 @@ def rounds(
     times: dict[str, list[float]] = {name: [] for name in names}
     for r in range(-warmup, count):
         for name in names[r % len(names) :] + names[: r % len(names)]:
-            start = clock()
-            work[name]()
+            taken = timed(work[name])
             if r >= 0:
-                times[name].append(clock() - start)
+                times[name].append(taken)
     return times
 
 
@@ -167,26 +199,30 @@ def peak_bytes(variant: Variant) -> int:
     return variant.static_bytes() + peak
 
 
+def over(times: dict[str, list[float]], name: str, other: str) -> Estimate:
+    """The ratio of two variants' times, taken within each round."""
+    return estimate([a / b for a, b in zip(times[name], times[other], strict=True)])
+
+
 def table(case: Case, times: dict[str, list[float]], peaks: dict[str, int]) -> Iterator[Row]:
     """The rows of one case: figures without a limit first, then the ratios that have one."""
-    title = f"{case.model} {case.size} px, batch {case.batch}"
+    title = case.title
     base = "full precision"
     for name, taken in times.items():
         yield Row(f"{title}: step, {name}", estimate([1e3 * t / case.steps for t in taken]), None, "ms")
         yield Row(f"{title}: peak, {name}", peaks[name] / 2**20, None, "MiB")
 
-    def over(name: str, other: str) -> list[float]:
-        return [a / b for a, b in zip(times[name], times[other], strict=True)]
-
-    yield Row(f"{title}: uniform 4/4 / {base}", estimate(over("uniform 4/4", base)), None, "x")
-    yield Row(f"{title}: chain / {base}", estimate(over("written-out chain", base)), None, "x")
-    yield Row(f"{title}: search / {base}", estimate(over("search", base)), case.must, "x", wanted=case.wanted)
-    yield Row(f"{title}: search / chain", estimate(over("search", "written-out chain")), CHAIN_MUST, "x")
+    yield Row(f"{title}: uniform 4/4 / {base}", over(times, "uniform 4/4", base), None, "x")
+    yield Row(f"{title}: chain / {base}", over(times, "written-out chain", base), None, "x")
+    yield Row(f"{title}: search / {base}", over(times, "search", base), case.must, "x", wanted=case.wanted)
+    yield Row(f"{title}: search / chain", over(times, "search", "written-out chain"), CHAIN_MUST, "x")
     memory = peaks["search"] / peaks[base]
     yield Row(f"{title}: peak memory, search / {base}", memory, MEMORY_MUST, "x", wanted=MEMORY_WANTED)
 
 
-def _repeat(variant: Variant, steps: int) -> Callable[[], None]:
+def repeat(variant: Variant, steps: int) -> Callable[[], None]:
+    """So many steps of a variant, as one call."""
+
     def work() -> None:
         for _ in range(steps):
             variant.step()
@@ -226,7 +262,7 @@ def rows() -> Iterator[Row]:
     with arithmetic(RunConfig(threads=1)):
         for case in CASES:
             made = variants(case)
-            times = rounds({name: _repeat(v, case.steps) for name, v in made.items()})
+            times = rounds({name: repeat(v, case.steps) for name, v in made.items()})
             yield from table(case, times, {name: peak_bytes(v) for name, v in made.items()})
     for number, case in enumerate(CASES):
         cold, kept = [], []  # differences: noise may make the latter negative

@@ -12,12 +12,13 @@ from pathlib import Path
 
 import torch
 
+from harness.arithmetic import arithmetic
 from harness.config import TrialSpec, load_recipe
 from harness.context import Context, Data
 from harness.loop import StageLoop
 from harness.metrics import Stopwatch
 from harness.networks import full_precision
-from harness.ranks import Ranks, arithmetic
+from harness.ranks import Ranks
 from harness.ray_cluster import joined
 from harness.ray_worker import fit
 from harness.run_dir import RunDir

@@ -33,7 +33,7 @@ def result_file(folder: Path, name: str, number: int) -> Path:
 class TurnLoader:
     """Made-up images of one size, endlessly; waits for the turn of its run and writes how long each took."""
 
-    stack, order, memory = "turns", "turns", "turns"
+    stack, order, memory, waited_s = "turns", "turns", "turns", 0.0
     num_classes = None
 
     def __init__(self, data: Any, split: str, *, batch_size: int, rank: int, **_: Any) -> None:

@@ -19,6 +19,7 @@ from sbs import compiled
 from tests.numerics import networks, states
 
 SIZE, BATCH = 8, 6
+SEARCH = 200  # steps of a whole search: thresholds move by a few hundredths in each
 CUDA = pytest.param("cuda", marks=pytest.mark.gpu)
 KINDS = ("residual", "inverted", "signed")
 
@@ -69,7 +70,7 @@ def _train(net: nn.Module, steps: int, device: str, dtype: torch.dtype, autocast
         loss = _loss(net, x, autocast)
         loss.backward()
         optimizer.step()
-        sbs.after_step(net)
+        sbs.after_step(net, steps=SEARCH)
         losses.append(float(loss.detach()))
     return losses[-1]
 

@@ -7,10 +7,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from harness.arithmetic import arithmetic
 from harness.config import TrainConfig, TrialSpec
 from harness.context import Context
 from harness.loop import StageLoop
-from harness.ranks import arithmetic, joined
+from harness.ranks import joined
 from harness.step import Job
 
 

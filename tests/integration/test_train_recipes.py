@@ -4,6 +4,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
+from torch import nn
 
 import sbs
 from harness.checkpoint import save_weights
@@ -38,6 +40,20 @@ def test_dry_run(name: str, caplog: pytest.LogCaptureFixture):
 def test_dry_run_of_other_methods(method: str):
     result = dry_run(load_recipe("digits_resnet20", [f"search.method={method}", "search.epochs=2"]))
     assert result["method"] == method
+
+
+@pytest.mark.parametrize("method", ["sbs", "uniform_4"])
+def test_calibration_is_in_the_arithmetic_of_the_steps(monkeypatch: pytest.MonkeyPatch, method: str):
+    seen, calibrate = [], sbs.calibrate
+
+    def watched(net: nn.Module, batches: list[torch.Tensor]) -> None:
+        seen.append(torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else torch.float32)
+        calibrate(net, batches)
+
+    monkeypatch.setattr(sbs, "calibrate", watched)
+    for precision in ("fp32", "bf16"):
+        dry_run(load_recipe("digits_resnet20", [f"search.method={method}", f"run.precision={precision}"]))
+    assert seen == [torch.float32, torch.bfloat16]
 
 
 def test_a_dry_run_from_given_weights(tmp_path: Path):

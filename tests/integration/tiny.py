@@ -32,8 +32,6 @@ warmup_epochs = 0.5
 lambda = 1.0
 epochs = 2
 lr = 0.02
-bit_threshold_lr = 20.0
-prune_threshold_lr = 20.0
 [finetune]
 epochs = 2
 lr = 0.02

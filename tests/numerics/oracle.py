@@ -101,6 +101,13 @@ def gate(statistic: Tensor, threshold: Tensor) -> Tensor:
     return _Step.apply(statistic.detach() - threshold)
 
 
+def gate_gradient(statistic: Tensor, threshold: Tensor) -> Tensor:
+    """dL/dg out of what a backward pass through `gate` left in a threshold: dg/dthreshold divided out."""
+    assert threshold.grad is not None
+    s = torch.sigmoid(statistic - threshold.detach())
+    return -threshold.grad / (s * (1 - s))
+
+
 def decompose(z: Tensor, bits: Sequence[int]) -> tuple[Tensor, list[Tensor]]:
     """z_{b_1} and the offsets r_{b_2} .. r_{b_K}, as differences of direct quantisations (the shared tie rule)."""
     grids = [quantise(z, b) for b in bits]

@@ -37,7 +37,7 @@ def scatter_thresholds(net: nn.Module, seed: int) -> None:
         away = torch.rand(bank.statistic.shape, generator=generator) * 0.5 + 0.05
         side = torch.where(torch.rand(bank.statistic.shape, generator=generator) < 0.5, 1.0, -1.0)
         if bank is net.channel_gates:
-            for start, stop in net.group_slices:  # thresholds end at the layer's largest statistic
+            for start, stop in net.group_slices:  # the largest group of every layer stays
                 part = bank.statistic[start:stop]
                 side[start:stop][part > part.max() - 0.1] = -1.0
                 away[start:stop] = away[start:stop].clamp(max=0.1)
@@ -47,4 +47,8 @@ def scatter_thresholds(net: nn.Module, seed: int) -> None:
     for _ in range(3):  # closing a group moves the weight statistics of its neighbours: follow them
         for bank, offset in banks.items():
             bank.thresholds.copy_(bank.statistic + offset)
+            if bank is not net.channel_gates:  # by themselves they would take one step at a time
+                bank.open.copy_(offset < 0)
         sbs.after_step(net)
+    for bank in banks:
+        bank.age.fill_(1.0)  # no gate has just flipped

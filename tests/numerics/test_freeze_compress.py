@@ -225,7 +225,7 @@ def test_thresholds_at_zero_are_the_uniform_network_of_the_highest_width_to_the_
             F.cross_entropy(network(networks.images(8, 8, 20 + step)), torch.arange(8) % 5).backward()
             optimizer.step()
             sbs.after_step(network)
-    assert int(net.weight_gates.flips + net.activation_gates.flips + net.channel_gates.flips) == 0
+    assert not any(bank.flips.any() for bank in net.banks())
     for name, value in uniform.named_parameters():
         assert torch.equal(dict(net.model.named_parameters())[name], value), name
     assert torch.equal(_logits(net, x), _logits(uniform, x))

@@ -11,7 +11,6 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from sbs.gates import HardGate
 from sbs.kernels import GateMode
 from sbs.layers import LayerContext, QuantSettings, from_float
 from tests.numerics import oracle
@@ -108,28 +107,28 @@ def _behind_relu(case: Case, x: Tensor) -> Tensor:
     return x if case.relu is None else x.clamp(0.0, case.relu)
 
 
-def _of_the_chain(case: Case, s: Setting) -> tuple[Tensor, dict[str, Tensor], Tensor]:
+def _of_the_chain(case: Case, s: Setting) -> tuple[Tensor, dict[str, Tensor], dict[str, Tensor], Tensor]:
+    """Output, leaves, thresholds by what they decide, and residual statistics."""
     leaves = {
         "input": s.leaf(s.x),
         "weight": s.leaf(s.layer.weight),
         "activation_clip": s.leaf(s.activation_clip),
         "weight_clip": s.leaf(s.weight_clip),
-        "activation_thresholds": s.leaf(s.thresholds["activation"]),
-        "weight_thresholds": s.leaf(s.thresholds["weight"]),
     }
+    thresholds = {f"{side} gates": s.leaf(value) for side, value in s.thresholds.items()}
     x, opened = leaves["input"], None
     if case.relu is not None:
         x = F.relu(x) if math.isinf(case.relu) else F.hardtanh(x, 0.0, case.relu)
     if case.gate_mode is not GateMode.NONE:
-        leaves["channel_thresholds"] = s.leaf(s.channel_threshold)
+        thresholds["channel gates"] = s.leaf(s.channel_threshold)
         opened = s.channel_statistic >= s.channel_threshold
-    gates = None if opened is None else oracle.gate(s.channel_statistic, leaves["channel_thresholds"])
+    gates = None if opened is None else oracle.gate(s.channel_statistic, thresholds["channel gates"])
     if case.gate_mode is GateMode.BEFORE:
         x = oracle.gated_feature_map(x, gates, 1)
     a = oracle.chain_quantiser(
         x,
         leaves["activation_clip"],
-        leaves["activation_thresholds"],
+        thresholds["activation gates"],
         s.statistics["activation"],
         case.activation_bits,
         signed=case.signed,
@@ -139,7 +138,7 @@ def _of_the_chain(case: Case, s: Setting) -> tuple[Tensor, dict[str, Tensor], Te
     w = oracle.chain_weight(
         leaves["weight"],
         leaves["weight_clip"],
-        leaves["weight_thresholds"],
+        thresholds["weight gates"],
         case.weight_bits,
         kept_out=s.kept_out,
         kept_in=s.kept_in,
@@ -155,7 +154,7 @@ def _of_the_chain(case: Case, s: Setting) -> tuple[Tensor, dict[str, Tensor], Te
     if opened is not None and not opened.any():
         assume(False)
     z = oracle.normalise(_behind_relu(case, s.x), s.activation_clip.to(s.dtype), case.signed)
-    return y, leaves, oracle.residual_statistics(z, case.activation_bits, opened)
+    return y, leaves, thresholds, oracle.residual_statistics(z, case.activation_bits, opened)
 
 
 def _of_the_product(case: Case, s: Setting) -> tuple[Tensor, dict[str, Tensor], Tensor]:
@@ -166,25 +165,22 @@ def _of_the_product(case: Case, s: Setting) -> tuple[Tensor, dict[str, Tensor], 
     layer.set_clip("activation", s.activation_clip)
     layer.set_clip("weight", s.weight_clip)
     if case.kept:
-        layer.kept_out = s.kept_out.nonzero().flatten()
-        layer.kept_in = None if s.kept_in.all() else s.kept_in.nonzero().flatten()
+        kept = s.kept_out.to(s.dtype).unsqueeze(1) * s.kept_in.to(s.dtype)
+        layer.keep(kept if case.kind == "linear" else kept[..., None, None])
     context, leaves = {}, {"input": s.leaf(s.x)}
     if case.channels_last and case.kind != "linear":
         leaves["input"] = s.leaf(s.x.contiguous(memory_format=torch.channels_last))
         layer = layer.to(memory_format=torch.channels_last)
     for side in ("weight", "activation"):
         bits = s.bits(case, side)
-        thresholds = leaves[f"{side}_thresholds"] = s.leaf(s.thresholds[side])
-        statistic = s.statistics[side].to(s.dtype)
-        opened = (statistic >= thresholds).to(s.dtype)
+        statistic, thresholds = s.statistics[side].to(s.dtype), s.thresholds[side].to(s.dtype)
         chosen = oracle.selected_bits(statistic.tolist(), thresholds.tolist(), bits)
         context[f"{side}_levels"] = torch.tensor(float(oracle.levels(chosen)), dtype=s.dtype)
         if len(bits) > 1:
-            context[f"{side}_gates"] = HardGate.apply(thresholds, statistic, opened)
+            context[f"{side}_gates"] = leaves[f"{side} gates"] = s.leaf(statistic >= thresholds)
     if case.gate_mode is not GateMode.NONE:
-        thresholds = leaves["channel_thresholds"] = s.leaf(s.channel_threshold)
-        statistic = s.channel_statistic.to(s.dtype)
-        context["channel_gate"] = HardGate.apply(thresholds, statistic, (statistic >= thresholds).to(s.dtype))
+        opened = s.channel_statistic.to(s.dtype) >= s.channel_threshold.to(s.dtype)
+        context["channel_gate"] = leaves["channel gates"] = s.leaf(opened)
     layer.context = LayerContext(**context, collect=True)
     leaves |= {
         "weight": layer.weight,
@@ -209,7 +205,7 @@ def _compare(case: Case, dtype: torch.dtype, tolerance: float) -> None:
         zw = oracle.normalise(w, reference.weight_clip, True).numpy()
         near = oracle.distance_to_tie(z, case.activation_bits).min(), oracle.distance_to_tie(zw, case.weight_bits).min()
         assume(min(near) > 1e-6)
-    want, want_leaves, want_statistics = _of_the_chain(case, reference)
+    want, want_leaves, thresholds, want_statistics = _of_the_chain(case, reference)
     got, got_leaves, got_statistics = _of_the_product(case, setting)
     torch.testing.assert_close(got.double(), want, rtol=tolerance, atol=tolerance)
     if len(case.activation_bits) > 1:
@@ -217,12 +213,19 @@ def _compare(case: Case, dtype: torch.dtype, tolerance: float) -> None:
     cotangent = torch.randn(want.shape, generator=reference.generator, dtype=torch.float64)
     want.backward(cotangent)
     got.backward(cotangent.to(dtype))
-    for name, leaf in want_leaves.items():
-        if leaf.numel() == 0 or (leaf.grad is None and case.gate_mode is GateMode.STATISTICS):
-            continue
+    gradients = {name: leaf.grad for name, leaf in want_leaves.items()}
+    for side, statistic in [*reference.statistics.items(), ("channel", reference.channel_statistic)]:
+        threshold = thresholds.get(f"{side} gates")
+        if (
+            threshold is not None
+            and threshold.numel()
+            and not (side == "channel" and case.gate_mode is GateMode.STATISTICS)
+        ):
+            gradients[f"{side} gates"] = oracle.gate_gradient(statistic, threshold)
+    for name, gradient in gradients.items():
         assert got_leaves[name].grad is not None, name
-        scale = leaf.grad.abs().max().clamp_min(1.0).item()
-        difference = (got_leaves[name].grad.double() - leaf.grad).abs().max().item()
+        scale = gradient.abs().max().clamp_min(1.0).item()
+        difference = (got_leaves[name].grad.double() - gradient).abs().max().item()
         assert difference <= tolerance * scale, f"{name}: {difference} of {scale}"
 
 

@@ -8,6 +8,8 @@ from torch import nn
 from torch.nn import functional as F
 
 import sbs
+from sbs.bops import prices
+from sbs.gates import movable
 from tests.numerics import networks, oracle, states
 from tests.numerics.chain_networks import CHAINS
 
@@ -34,17 +36,19 @@ def _pair(kind: str, seed: int, **space):
     return net, CHAINS[kind](net, _macs(networks.USER_NETWORKS[kind]()))
 
 
-def _product_leaves(net) -> dict[str, torch.Tensor]:
-    """Gradients of the product under the chain's names."""
-    leaves = {name: p.grad for name, p in net.model.named_parameters()}
-    for side in ("weight", "activation"):
-        grad = getattr(net, f"{side}_gates").thresholds.grad
-        for row, name in enumerate(net.searched):
-            leaves[f"{side} thresholds of {name}"] = None if grad is None else grad[row]
+def _by_gates(net, banks: list[torch.Tensor]) -> dict[str, torch.Tensor]:
+    """What is known of the gates, in the order of `SuperNet.banks()`, under the chain's names."""
+    named = {}
+    for side, values in zip(("weight", "activation"), banks, strict=False):
+        named |= {f"{side} thresholds of {name}": values[row] for row, name in enumerate(net.searched)}
     for group, (start, stop) in zip(net.graph.groups, net.group_slices, strict=True):
-        grad = net.channel_gates.thresholds.grad
-        leaves[f"gates of {group.root}"] = None if grad is None else grad[start:stop]
-    return leaves
+        named[f"gates of {group.root}"] = banks[2][start:stop]
+    return named
+
+
+def _statistic(name: str) -> str:
+    """Under which name a chain has the statistics of the gates that it has the thresholds of under this one."""
+    return name.replace("thresholds of ", "")
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2])
@@ -56,15 +60,15 @@ def test_loss_and_every_gradient(kind, seed):
     gradient = ("joint", "weights", "activations")[seed]
 
     want = chain.forward(x)
-    penalty = chain.log_bops(gradient)
-    (F.cross_entropy(want, y) + 0.3 * penalty).backward()
+    F.cross_entropy(want, y).backward()
     got = net(x)
-    product_penalty = sbs.bop_penalty(net, gradient=gradient)
-    (F.cross_entropy(got, y) + 0.3 * product_penalty).backward()
+    penalty = sbs.bop_penalty(net, gradient=gradient)
+    (F.cross_entropy(got, y) + 0.3 * penalty).backward()
 
     torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-9)
-    assert product_penalty.item() == pytest.approx(penalty.item(), rel=1e-6)
-    leaves = _product_leaves(net)
+    assert penalty.item() == pytest.approx(chain.log_bops().item(), rel=1e-6)
+    leaves = {name: p.grad for name, p in net.model.named_parameters()}
+    leaves |= _by_gates(net, [bank.pull for bank in net.banks()])
     compared = 0
     for name, leaf in chain.leaves.items():
         if name == f"{chain.order[0]}.activation_clip":
@@ -72,11 +76,34 @@ def test_loss_and_every_gradient(kind, seed):
         if leaf.grad is None or leaf.numel() == 0:
             assert leaves[name] is None or not leaves[name].any(), name
             continue
-        torch.testing.assert_close(
-            leaves[name].double(), leaf.grad, rtol=1e-6, atol=1e-8, msg=lambda m, n=name: f"{n}: {m}"
-        )
+        felt = oracle.gate_gradient(chain.statistics[_statistic(name)], leaf) if "of" in name.split() else leaf.grad
+        torch.testing.assert_close(leaves[name].double(), felt, rtol=1e-6, atol=1e-8, msg=lambda m, n=name: f"{n}: {m}")
         compared += bool(leaf.grad.abs().sum() > 0)
     assert compared >= 25
+    felt = {"joint": (1, 1, 1), "weights": (1, 0, 1), "activations": (0, 1, 1)}[gradient]
+    assert net.pressure.tolist() == pytest.approx([0.3 * side for side in felt])
+
+
+@pytest.mark.parametrize("kind", CHAINS)
+def test_prices_are_what_closing_or_opening_each_single_gate_changes(kind):
+    """Of log BOPs, counted out by the chain with one threshold moved past its statistic, either way."""
+    net, chain = _pair(kind, 1)
+    found = _by_gates(net, prices(net, [bank.decided() for bank in net.banks()]))
+    told = {name: leaf for name, leaf in chain.leaves.items() if "of" in name.split()}
+    assert told.keys() == found.keys()
+    behind = 0
+    for name, leaf in told.items():
+        for gate in range(leaf.numel()):
+            before, costs = leaf[gate].item(), []
+            for away in (1.0, -1.0):
+                with torch.no_grad():
+                    leaf[gate] = chain.statistics[_statistic(name)][gate] + away
+                costs.append(chain.log_bops().item())
+            with torch.no_grad():
+                leaf[gate] = before
+            assert found[name][gate].item() == pytest.approx(costs[1] - costs[0], rel=1e-9, abs=1e-12), (name, gate)
+            behind += costs[0] == costs[1]
+    assert 0 < behind < sum(leaf.numel() for leaf in told.values()) / 2  # gates behind a closed one cost nothing
 
 
 @pytest.mark.parametrize("kind", CHAINS)
@@ -114,13 +141,20 @@ def test_penalty_is_the_log_of_the_cost_of_the_frozen_network(kind):
     assert sbs.cost(networks.USER_NETWORKS[kind](), (3, SIZE, SIZE), sbs.freeze(net)).bops == report.bops
 
 
-def test_a_threshold_is_pushed_up_by_the_penalty_and_a_closed_group_still_feels_the_loss():
+def test_thresholds_are_pushed_up_by_the_penalty_and_a_closed_group_still_feels_the_loss():
     net, _ = _pair("residual", 5)
+    before = [bank.thresholds.clone() for bank in net.banks()]
+    costs = [price > 0 for price in prices(net, [bank.decided() for bank in net.banks()])]
     sbs.bop_penalty(net).backward()
-    assert (net.channel_gates.thresholds.grad < 0).all()  # descent raises the threshold: towards fewer BOPs
-    net.zero_grad()
+    sbs.after_step(net)
+    for bank, start, dear, can in zip(
+        net.banks(), before, costs, [*(movable(bank.open) for bank in net.banks()[:2]), torch.tensor(True)], strict=True
+    ):
+        assert (dear & can).any()
+        assert (bank.thresholds[dear & can] > start[dear & can]).all()
+        assert torch.equal(bank.thresholds[~(dear & can)], start[~(dear & can)])
     x, y = networks.images(4, SIZE, 1, torch.float64), torch.arange(4) % 5
     F.cross_entropy(net(x), y).backward()
     closed = net.channel_gates.open == 0
     assert closed.any()
-    assert (net.channel_gates.thresholds.grad[closed] != 0).all()
+    assert (net.channel_gates.pull[closed] != 0).all()

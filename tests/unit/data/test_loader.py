@@ -1,5 +1,6 @@
 """Both backends: the same batches, exact resumption, counts, types, sizes; and what the settings may not be."""
 
+import itertools
 import logging
 import multiprocessing
 import os
@@ -173,6 +174,17 @@ class TestBatches:
         loader.close()
         assert sides == [32] * 4 + [40] * 2 + [48] * 2
         assert epoch(load(photos, "val", backend=backend, **PHOTOS | {"eval_image_size": 64}))[0][0].shape[-1] == 64
+
+    def test_the_wait_for_batches_is_counted_and_the_readers_time_is_not(
+        self, digits: Path, backend: str, monkeypatch: pytest.MonkeyPatch
+    ):
+        loader = load(digits, "val", backend=backend, batch_size=120)
+        ticks = itertools.count()  # a clock that gains a second whenever somebody looks
+        monkeypatch.setattr("harness.data.loader.time.perf_counter", lambda: float(next(ticks)))
+        for _ in loader.epoch(0):
+            next(ticks)
+        loader.close()
+        assert loader.waited_s == 4.0, "three batches and the end"
 
     def test_stopping_early_leaves_no_thread(self, photos: Path, backend: str):
         before = threading.active_count()

@@ -85,7 +85,7 @@ def check(command: Sequence[str]) -> list[str]:
 
 
 def _check_make(words: Sequence[str]) -> list[str]:
-    targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), flags=re.MULTILINE))
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), flags=re.MULTILINE))
     for word in words:
         if "=" not in word and word not in targets:
             raise BadCommandError(f"the Makefile has no target {word!r}")

@@ -46,6 +46,8 @@ def test_overrides_are_typed_as_toml():
         ("data.batch_size=63", ["data.batch_size = 63", "run.workers = 2", "multiple of 2"]),
         ("pretrain.schedule=step", ["step_epochs"]),
         ("pretrain.warmup_epochs=8", ["warmup_epochs = 8", "less than epochs = 8"]),
+        ("run.gpus_per_worker=0.5", ["gpus_per_worker = 0.5", "workers = 2", "NCCL refuses", "gpus_per_worker = 1"]),
+        ("run.gpus_per_worker=1.5", ["gpus_per_worker = 1.5", "no whole number", "set it to 1"]),
         ("search.lambda=null", ["`search`", "`lambda` is missing", "'sbs'"]),
         ("lambda", ["section.key=value"]),
         ("model.name.deep=1", ["'name' is a value"]),
@@ -56,6 +58,12 @@ def test_a_mistake_names_file_key_value_and_remedy(override: str, words: list[st
         digits(override)
     for word in words:
         assert word in str(caught.value)
+
+
+def test_a_rank_alone_may_have_a_part_of_a_gpu():
+    assert digits("run.gpus_per_worker=0.5", "run.workers=1").run.gpus_per_worker == 0.5
+    with pytest.raises(UserError, match=r"gpus_per_worker = 0.25 with workers = \[1, 2\]"):
+        digits("run.gpus_per_worker=0.25", "run.workers=[1, 2]")
 
 
 def test_missing_and_broken_files(tmp_path: Path):
@@ -75,6 +83,7 @@ def test_missing_and_broken_files(tmp_path: Path):
 def test_identity_leaves_out_what_cannot_change_the_result():
     key = trial_key(digits(), "data0")
     assert key == trial_key(digits("data.dir=/elsewhere", "run.checkpoint_every_s=1", "run.cpus_per_worker=2"), "data0")
+    assert key == trial_key(digits("run.cuda_graph=false"), "data0")
     assert len(key) == 16
     for override in ["search.lambda=0.31", "run.seed=1", "run.workers=1", "finetune.lr=0.03", "data.augment=none"]:
         assert trial_key(digits(override), "data0") != key

@@ -2,6 +2,7 @@ import copy
 
 import pytest
 import torch
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import sbs
 from harness.config import SearchConfig, TrainConfig, load_recipe
@@ -83,6 +84,24 @@ def test_averaged_weights_against_a_loop_by_hand():
         average.update_parameters(net)
         by_hand = value if by_hand is None else 0.9 * by_hand + 0.1 * value
     assert average.module.weight.unique().tolist() == pytest.approx([by_hand])
+
+
+def test_averaging_is_torchs_to_the_bit_also_after_a_resume():
+    torch.manual_seed(0)
+    net = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.BatchNorm2d(4), torch.nn.Linear(2, 2).double())
+    theirs = AveragedModel(net, multi_avg_fn=get_ema_multi_avg_fn(0.9))
+    ours = averaged(net, 0.9)
+    for step in range(5):
+        if step == 3:
+            saved, ours = ours.state_dict(), averaged(net, 0.9)
+            ours.load_state_dict(saved)
+        for tensor in (*net.parameters(), *net.buffers()):
+            tensor.data = (tensor + torch.randn(tensor.shape)).to(tensor.dtype)
+        ours.update_parameters(net)
+        theirs.update_parameters(net)
+        assert ours.state_dict().keys() == theirs.state_dict().keys()
+        for name, value in theirs.state_dict().items():
+            assert torch.equal(ours.state_dict()[name], value), (step, name)
 
 
 def test_averaged_networks_take_over_buffers():

@@ -4,7 +4,7 @@ from torch import nn
 
 from harness.config import RunConfig
 from harness.errors import UserError
-from harness.ranks import arithmetic, autocast, joined, norm_statistics, seed_step, set_norm_statistics
+from harness.ranks import joined, norm_statistics, seed_step, set_norm_statistics
 
 
 def draws(seed: int, rank: int, step: int) -> list[float]:
@@ -51,18 +51,12 @@ def test_gpus_that_are_not_there_are_a_mistake_of_the_recipe(monkeypatch: pytest
         pass
 
 
-def test_arithmetic_is_set_and_given_back():
-    threads, deterministic = torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()
-    with arithmetic(RunConfig(threads=threads + 1)):
-        assert torch.get_num_threads() == threads + 1
-        assert torch.are_deterministic_algorithms_enabled()
-    assert torch.get_num_threads() == threads
-    assert torch.are_deterministic_algorithms_enabled() == deterministic
-
-
-@pytest.mark.parametrize(
-    ("precision", "expected"), [("fp32", torch.float32), ("bf16", torch.bfloat16), ("fp16", torch.float16)]
-)
-def test_precision(precision: str, expected: torch.dtype):
-    with autocast(RunConfig.model_validate({"precision": precision}), torch.device("cpu")):
-        assert nn.functional.linear(torch.ones(2, 2), torch.ones(2, 2)).dtype == expected
+def test_more_ranks_than_devices_are_refused(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    with (
+        pytest.raises(UserError, match=r"4 ranks were started .* shows 2 CUDA device.*--nproc-per-node"),
+        joined(RunConfig(workers=4, gpus_per_worker=1)),
+    ):
+        pass

@@ -51,10 +51,14 @@ def test_activation_checkpointing_changes_nothing(forwards: int):
     nets[1].model.forgets = True
     for net in nets:
         for batch in _images(4 * forwards).split(4):
-            (F.cross_entropy(net(batch), torch.arange(4)) + 0.1 * sbs.bop_penalty(net)).backward()
+            (F.cross_entropy(net(batch), torch.arange(4)) + 0.125 * sbs.bop_penalty(net)).backward()
     for (name, a), b in zip(nets[0].named_parameters(), nets[1].parameters(), strict=True):
         assert torch.equal(a.grad, b.grad), name
-    assert nets[0].channel_gates.thresholds.grad.abs().min() > 0
+    for ours, theirs in zip(nets[0].banks(), nets[1].banks(), strict=True):
+        assert torch.equal(ours.pull, theirs.pull)
+    assert nets[0].channel_gates.pull.abs().min() > 0
+    assert torch.equal(nets[0].pressure, torch.full((3,), 0.125 * forwards, dtype=torch.float64))
+    assert torch.equal(nets[1].pressure, nets[0].pressure)
     for net in nets:
         sbs.after_step(net)
     torch.testing.assert_close(nets[0].activation_gates.statistic, nets[1].activation_gates.statistic)
@@ -120,6 +124,9 @@ def test_buffers_may_be_written_between_forward_and_backward():
         loss.backward()
     for a, b in zip(nets[0].parameters(), nets[1].parameters(), strict=True):
         assert a.grad is None or torch.equal(a.grad, b.grad)
+    for ours, theirs in zip(nets[0].banks(), nets[1].banks(), strict=True):
+        assert torch.equal(ours.pull, theirs.pull)
+        assert ours.pull.any()
 
 
 @pytest.mark.filterwarnings("error")

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 import sbs
+from sbs.gates import PACE
 from tests.numerics import networks, states
 
 SIZE = 8
@@ -30,7 +31,7 @@ def test_at_most_a_set_share_of_a_layer_closes_and_the_strongest_groups_stay(sha
     net = sbs.prepare(networks.randomise(networks.Residual(), 1), space, torch.zeros(1, 3, 8, 8))
     sbs.calibrate(net, [networks.images(8, SIZE, 1)])
     with torch.no_grad():
-        net.channel_gates.thresholds.fill_(100.0)
+        net.channel_gates.thresholds.fill_(3.0)  # statistics lie about 1
     for _ in range(3):
         sbs.after_step(net)
     for name in ("conv_a", "conv_c"):
@@ -51,30 +52,25 @@ def test_thresholds_and_clips_are_clamped(net):
             net.get_parameter(name).fill_(-1.0)
     sbs.after_step(net)
     assert (net.weight_gates.thresholds == 0).all()
-    # (s/2)^2 over s^2/12 is 3: no residual is larger; and twice the hysteresis of 0.02, to close a gate that is there
-    torch.testing.assert_close(net.activation_gates.thresholds.detach(), torch.full((5, 2), 3.04))
+    assert torch.equal(net.activation_gates.thresholds, net.activation_gates.statistic + 1)
     assert (net.channel_gates.thresholds == 0).all()
     for name, value in start.items():
         torch.testing.assert_close(net.get_parameter(name).detach(), 1e-3 * value)
 
 
-def test_a_pruning_threshold_ends_just_above_the_largest_statistic_so_that_every_group_could_close(net):
-    """By hand: at the largest statistic of its layer plus twice the hysteresis of 0.02; the rest as it was set."""
+def test_every_pruning_threshold_can_pass_its_own_statistic_so_that_every_group_could_close(net):
+    """By hand: it ends 1 above the statistic; the rest as it was set."""
     bank, (start, stop) = net.channel_gates, net.group_slices[0]
-    largest = bank.statistic[start:stop].max()
-    with torch.no_grad():
-        bank.thresholds[start] = 100.0
-        bank.thresholds[start + 1] = 0.125
-        bank.thresholds[stop:] = 0.25
-    sbs.after_step(net)
-    torch.testing.assert_close(bank.thresholds[start].detach(), largest + 0.04)
-    assert bank.thresholds[start + 1] == 0.125
-    assert (bank.thresholds[stop:] == 0.25).all()
     strongest = start + int(bank.statistic[start:stop].argmax())
     with torch.no_grad():
-        bank.thresholds[start:stop] = 0.0
+        bank.thresholds[start:stop] = 0.125
         bank.thresholds[strongest] = 100.0
+        bank.thresholds[stop:] = 0.25
     sbs.after_step(net)
+    assert bank.thresholds[strongest] == bank.statistic[strongest] + 1
+    others = [gate for gate in range(start, stop) if gate != strongest]
+    assert (bank.thresholds[others] == 0.125).all()
+    assert (bank.thresholds[stop:] == 0.25).all()
     assert bank.open[start:stop].tolist() == [float(gate != strongest) for gate in range(start, stop)]
 
 
@@ -130,24 +126,33 @@ def test_statistics_of_channel_groups_by_hand():
 
 
 def test_a_gate_closes_and_opens_again_with_its_threshold_and_flips_are_counted(net):
+    """By hand: the band within which a gate stays as it is grows by a factor of its own with every flip."""
     bank = net.weight_gates
-    low, high = bank.statistic[0, 0] - 0.2, bank.statistic[0, 0] + 0.2
-    inside = bank.statistic[0, 0] - 0.005  # the band of 0.02, within which a closed gate stays closed
-    for value, opened, flips in [(high, 0, 1), (high, 0, 1), (inside, 0, 1), (low, 1, 2)]:
+    steps = [  # margin in first bands, open, flips
+        (-0.9, 1, 0),
+        (-1.1, 0, 1),
+        (-1.1, 0, 1),
+        (0.9 * PACE.widening, 0, 1),
+        (1.1 * PACE.widening, 1, 2),
+        (-1.1 * PACE.widening, 1, 2),
+        (-0.9 * PACE.widening**2, 1, 2),
+        (-1.1 * PACE.widening**2, 0, 3),
+    ]
+    for bands, opened, flips in steps:
         with torch.no_grad():
-            bank.thresholds[0, 0] = value
+            bank.thresholds[0, 1] = bank.statistic[0, 1] - bands * PACE.band
         sbs.after_step(net)
-        assert bank.open[0, 0] == opened
-        assert bank.flips == flips
+        assert bank.open[0, 1] == opened
+        assert bank.flips[0, 1] == bank.flips.sum() == flips
 
 
 def test_a_statistic_that_trembles_about_its_threshold_does_not_flip_the_gate(net):
     bank = net.weight_gates
     for sign in (1, -1, 1, -1):
         with torch.no_grad():
-            bank.thresholds[0, 0] = bank.statistic[0, 0] + sign * 0.005
+            bank.thresholds[0, 0] = bank.statistic[0, 0] + sign * 0.5 * PACE.band
         sbs.after_step(net)
-    assert bank.flips == 0
+    assert not bank.flips.any()
 
 
 def test_without_a_forward_pass_the_activation_statistics_stay(net):
@@ -157,26 +162,32 @@ def test_without_a_forward_pass_the_activation_statistics_stay(net):
 
 
 def test_evaluation_selects_bits_by_the_same_buffers_and_changes_none(net):
+    """And a step without gradients changes but the time."""
     before = {n: b.clone() for n, b in net.named_buffers()}
     with torch.no_grad():
         net.eval()(10 * networks.images(8, SIZE, 2))
-    sbs.after_step(net)
     for name, value in net.named_buffers():
         assert torch.equal(value, before[name]), name
+    sbs.after_step(net, steps=100)
+    for name, value in net.named_buffers():
+        if name == "progress" or name.endswith(".age"):
+            torch.testing.assert_close(value, before[name] + 0.01)
+        elif not name.endswith(".weight_open"):  # how long gates have been listened to
+            assert torch.equal(value, before[name]), name
 
 
 @pytest.mark.parametrize("kind", ["float", "super-network", "compressed"])
 def test_param_groups_hold_every_parameter_once(net, kind):
     model = {"float": networks.Inverted(), "super-network": net, "compressed": sbs.compress(net, sbs.freeze(net))}[kind]
     groups = sbs.param_groups(model)
-    assert set(groups) == {"decay", "no_decay", "clips", "bit_thresholds", "prune_thresholds"}
+    assert set(groups) == {"decay", "no_decay", "clips"}
     members = [p for group in groups.values() for p in group]
     assert len({id(p) for p in members}) == len(members)
     assert {id(p) for p in members} == {id(p) for p in model.parameters() if p.numel()}
     assert all(p.dim() >= 2 for p in groups["decay"])
     expected = {id(m.weight) for m in model.modules() if isinstance(m, nn.Conv2d | nn.Linear)}
     assert {id(p) for p in groups["decay"]} == expected
-    assert bool(groups["bit_thresholds"]) is bool(groups["prune_thresholds"]) is (kind == "super-network")
+    assert not any("gates" in name for name, _ in model.named_parameters())
     assert bool(groups["clips"]) is (kind != "float")
 
 
@@ -190,7 +201,7 @@ def test_telemetry_tells_shares_by_hand():
     bits = [c.weight_bits for c in sbs.freeze(net).layers[1:-1]]
     assert told["gates/mean_weight_bits"] == pytest.approx(sum(bits) / len(bits))
     banks = (net.weight_gates, net.activation_gates, net.channel_gates)
-    assert told["gates/flips"] == sum(int(b.flips) for b in banks) > 0
+    assert told["gates/flips"] == sum(int(b.flips.sum()) for b in banks) > 0
     gates = net.channel_gates.open.tolist()
     assert told["gates/open_channel"] == pytest.approx(sum(gates) / len(gates))
     assert 0 < told["gates/open_channel"] != 0.5

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import sbs
+from sbs.layers import QuantSettings, from_float
 from tests.numerics import networks, states
 
 SIZE = 8
@@ -34,14 +35,27 @@ def _own_tensors(net: nn.Module) -> set[str]:
     return {name for m in net.modules() for name, value in vars(m).items() if isinstance(value, Tensor)}
 
 
-def test_nothing_but_indices_stays_behind(net):
-    """Indices of kept rows and columns follow at the next forward pass."""
-    assert _own_tensors(net) <= {"kept_out", "kept_in"}
+def test_nothing_but_masks_stays_behind(net):
+    """Masks of kept weights follow at the next forward pass."""
+    assert _own_tensors(net) <= {"kept"}
     net.to("meta")
     held = list(itertools.chain(net.named_parameters(), net.named_buffers()))
     assert len(held) > 50
     for name, tensor in held:
         assert tensor.device.type == "meta", name
+
+
+def test_a_mask_that_lies_elsewhere_is_replaced():
+    """As after a network moved: what is on another device can be neither compared nor written."""
+    layer = from_float(nn.Linear(4, 2), QuantSettings((8,), (8,), signed=False))
+    layer.kept = torch.ones(2, 1, device="meta")
+    mask = torch.tensor([[1.0], [0.0]])
+    assert layer.keep(mask)
+    assert layer.kept is mask
+    assert not layer.keep(mask.clone())
+    assert layer.keep(torch.ones(2, 1))
+    assert layer.kept is None
+    assert not layer.keep(None)
 
 
 def test_a_wider_type_and_back_is_the_same_network(net):

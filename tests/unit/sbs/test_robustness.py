@@ -188,7 +188,7 @@ def test_a_wrapped_network_is_stepped_and_grouped_like_the_bare_one():
     with torch.no_grad():
         net.weight_gates.thresholds.fill_(2.9)
     sbs.after_step(nn.Sequential(net))
-    assert int(net.weight_gates.flips) > 0
+    assert (net.weight_gates.flips == 1).any()
 
 
 def test_a_batch_that_is_not_finite_leaves_the_statistics_alone():
@@ -317,10 +317,17 @@ def test_gates_written_through_data_are_seen():
 
 
 def test_inference_mode_leaves_nothing_behind_that_training_trips_over():
+    """Nor do masks of closed channels, made there and written when the next gate closes."""
     net = _searching()
     with torch.inference_mode():
         sbs.calibrate(net, [_image()])
+        net.channel_gates.thresholds[0] = 3.0
         sbs.after_step(net)
+    net(_image()).sum().backward()
+    with torch.no_grad():
+        net.channel_gates.thresholds[2] = 3.0
+    sbs.after_step(net)
+    assert net.channel_gates.open.tolist() == [0.0, 1.0, 0.0, 1.0]
     net(_image()).sum().backward()
 
 
@@ -364,15 +371,12 @@ def test_a_mean_that_quantising_takes_away_is_named():
         sbs.compress(model, sbs.Policy.uniform(model, _image(), 32, 8, edge_bits=32), calibration=[_image()])
 
 
-@pytest.mark.parametrize("kind", ["super-network", "compressed", "penalty"])
+@pytest.mark.parametrize("kind", ["super-network", "compressed"])
 def test_second_derivatives_are_refused_instead_of_wrong(kind: str):
     """The closed form has first derivatives alone; a gradient penalty would train on something else in silence."""
     net = _searching()
-    if kind == "penalty":
-        loss, parameters = sbs.bop_penalty(net), [net.weight_gates.thresholds]
-    else:
-        net = net if kind == "super-network" else sbs.compress(net, sbs.freeze(net))
-        loss, parameters = net(_image()).square().sum(), [p for n, p in net.named_parameters() if "conv_b" in n]
+    net = net if kind == "super-network" else sbs.compress(net, sbs.freeze(net))
+    loss, parameters = net(_image()).square().sum(), [p for n, p in net.named_parameters() if "conv_b" in n]
     first = torch.autograd.grad(loss, parameters, create_graph=True)
     with pytest.raises(RuntimeError, match="twice"):
         sum(g.square().sum() for g in first).backward()

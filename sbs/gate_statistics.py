@@ -50,11 +50,13 @@ def _collected(net: SuperNet) -> Tensor:
 
 def _counts(pending: list[Residuals | None], empty: Tensor) -> Tensor:
     """How many values each layer's sums are of, (layers,)."""
-    single = [p for p in pending if p is not None and p.share is not None and p.sums.dtype == empty.dtype]
+    single = [p for p in pending if p is not None and isinstance(p.count, int) and p.sums.dtype == empty.dtype]
+    numbers = None
     if len(single) == len(pending):
         numbers = constant(tuple(float(p.count) for p in single), empty.dtype, empty.device)
-        if numbers is not None:
-            return numbers * torch.stack([p.share for p in single if p.share is not None])
+    if numbers is not None:
+        whole = empty.new_ones(())
+        return numbers * torch.stack([whole if p.share is None else p.share for p in single])
     return torch.stack([empty.new_zeros(()) if p is None else p.counted().to(empty) for p in pending])
 
 

@@ -280,8 +280,6 @@ class QuantizedAffine(torch.autograd.Function):
                 w_grads, _ = _backward(dw_codes, x_unit, _Input(w, w_side, w_scale, w_gates))
         dx, dx_scale, dx_gates, dgate = x_grads
         dw, dw_clip, dw_gates, _ = w_grads
-        if dw_clip is not None and w_side.given is not None and w_side.given.std is not None:
-            dw_clip = dw_clip * w_side.given.std
         return dx, dw, dx_scale, dw_clip, dx_gates, dw_gates, dgate, None, None, None
 
 
@@ -306,5 +304,6 @@ def _backward(grad: Tensor, grad_scale: Tensor, given: _Input, *, with_codes: bo
         (dx, dscale, dgates, dgate), codes = compiled.backward_with_codes(*arguments)
         codes = restore(_shrunk(codes), x)
     else:
-        dx, dscale, dgates, dgate = compiled.backward(*arguments)
+        spread = () if side.given is None or side.given.std is None else (side.given.std,)
+        dx, dscale, dgates, dgate = compiled.backward(*arguments, *spread)
     return (restore(dx, x), dscale.to(given.scale.dtype), dgates, dgate), codes

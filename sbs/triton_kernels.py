@@ -291,13 +291,16 @@ def residual_sums(operand: Operand, form: Form) -> Tensor:
 Gradients = tuple[Tensor, Tensor, Tensor, Tensor | None]
 
 
-def backward(operand: Operand, form: Form, grad: Tensor, grad_scale: Tensor, bit_gates: Tensor) -> Gradients:
+def backward(
+    operand: Operand, form: Form, grad: Tensor, grad_scale: Tensor, bit_gates: Tensor, spread: Tensor | None = None
+) -> Gradients:
     """As `kernels.backward`."""
     form = _reduced(form, operand.gate, _CHANNEL_SUMS)
-    made = _planned(operand, form, _backward_tile(form), grad, grad_scale, bit_gates)
+    numbers = (grad_scale, bit_gates) if spread is None else (grad_scale, bit_gates, spread)
+    made = _planned(operand, form, _backward_tile(form), grad, *numbers)
     if made is None:
-        return kernels.backward(operand, form, grad, grad_scale, bit_gates)
-    return _backward(operand, form, made, grad, grad_scale, bit_gates, codes=None)
+        return kernels.backward(operand, form, grad, grad_scale, bit_gates, spread)
+    return _backward(operand, form, made, grad, grad_scale, bit_gates, spread=spread)
 
 
 def backward_with_codes(
@@ -320,7 +323,8 @@ def _backward(
     grad_scale: Tensor,
     bit_gates: Tensor,
     *,
-    codes: Tensor | None,
+    codes: Tensor | None = None,
+    spread: Tensor | None = None,
 ) -> Gradients:
     x, gate, steps, tile = operand.x, _gate(operand, form), form.grid, _backward_tile(form)
     device = x.device
@@ -361,8 +365,8 @@ def _backward(
         launch(
             triton_code.add_gradients,
             (1 + math.ceil(channels / _TABLE[1]), 1, 1),
-            (device, form.signed, len(steps), gate is None),
-            (partials, table, bit_gates, scale, dscale, dbits, dgate, made.programs, rows, channels),
+            (device, form.signed, len(steps), gate is None, spread is None),
+            (partials, table, bit_gates, scale, spread, dscale, dbits, dgate, made.programs, rows, channels),
             sum_constants,
         )
     return dx, dscale, dbits, dgate

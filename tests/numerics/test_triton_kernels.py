@@ -52,6 +52,7 @@ def _compare_all() -> None:
         compare(made, Case(form, EVEN, torch.bfloat16), "cpu", names=BOTH, **low)
         compare(made, Case(form._replace(grid=(15,)), (90, 45, 1), torch.float16), "cpu")
     compare(made, Case(Form(True, GateMode.NONE, (3, 15)), ODD, torch.float32, torch.bfloat16), "cpu", **low)
+    compare(made, Case(Form(True, GateMode.NONE, (3, 15)), ODD, torch.float32), "cpu", names=("backward",))
     compare(made, Case(Form(False, GateMode.STATISTICS, (3, 15)), (90, 45, 1), torch.float16), "cpu")
     compare(made, Case(Form(False, GateMode.AFTER, (3, 15)), (5, 16, 1), torch.float64), "cpu")
 

@@ -2,6 +2,7 @@ import pytest
 
 from harness.config import load_recipe
 from harness.plan import budgets, chosen_budget, plan, remark_on_gates, stage_config, stage_key, takes_budget
+from sbs.gates import PACE
 
 
 def recipe(*overrides: str):
@@ -71,16 +72,27 @@ def test_a_search_that_does_what_it_should_is_not_remarked_upon():
 def test_a_search_whose_gates_stand_still_is_remarked_upon_from_its_middle_on():
     still = CALM | {"gates/flips": 0.0, "gates/flips_per_gate": 0.0}
     search = recipe("search.lambda=0.2").search
-    assert remark_on_gates(search, 9, 20, still) is None
-    text = remark_on_gates(search, 10, 20, still)
+    assert remark_on_gates(search, 49, 100, still) is None
+    text = remark_on_gates(search, 50, 100, still)
     assert text is not None
-    for words in ["no gate has moved after 10 of 20 steps", "the loss gains more", "raise search.lambda (now 0.2)"]:
+    for words in ["no gate has moved after 50 of 100 steps", "the loss gains more", "raise search.lambda (now 0.2)"]:
         assert words in text
-    assert remark_on_gates(search, 10, 20, still | {"gates/flips": 1.0}) is None
-    assert remark_on_gates(recipe("search.lambda=0").search, 10, 20, still) is None, "nothing presses, nothing moves"
-    budget = remark_on_gates(recipe("search.budget=0.03").search, 10, 20, still)
+    assert remark_on_gates(search, 50, 100, still | {"gates/flips": 1.0}) is None
+    assert remark_on_gates(recipe("search.lambda=0").search, 50, 100, still) is None, "nothing presses, nothing moves"
+    budget = remark_on_gates(recipe("search.budget=0.03").search, 50, 100, still)
     assert budget is not None
     assert budget.endswith("raise the epochs"), "there is no lambda to raise"
+
+
+def test_a_search_too_short_for_its_gates_is_told_so():
+    """Lambda would not help: a gate is judged by two thirds of the least window, and may not move before."""
+    assert 2 / 3 * PACE.fewest == 16
+    still = CALM | {"gates/flips": 0.0, "gates/flips_per_gate": 0.0}
+    for search in (recipe("search.lambda=0.2").search, recipe("search.budget=0.03").search):
+        text = remark_on_gates(search, 12, 24, still)
+        assert text is not None
+        for words in ["after 12 of 24 steps", "looked at for 16 steps first", "raise the epochs"]:
+            assert words in text
 
 
 def test_gates_that_chatter_are_remarked_upon():

@@ -13,6 +13,7 @@ from harness import stages
 from harness.checkpoint import load_weights
 from harness.data import open_data
 from harness.run_dir import RunDir
+from harness.tracking.record import samples
 from tests.integration import tiny
 
 pytestmark = [pytest.mark.ffcv, pytest.mark.integration]
@@ -176,6 +177,7 @@ def test_every_epoch_tells_the_figures_of_the_search(finished: Any):
         "speed/data_wait_share", "speed/peak_rss_bytes", "system/cpu_percent", "system/rss_gib",
     ]:  # fmt: skip
         assert name in search
+        assert name in {sample.key for sample in samples(run.metrics())}, "what a tracking store is told"
 
 
 def test_every_epoch_of_a_search_tells_what_each_layer_costs(finished: Any):

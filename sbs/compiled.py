@@ -1,11 +1,13 @@
 """The kernels of `sbs.kernels`, compiled at first use: for the CPU to a library (`sbs.library`), for CUDA by Triton.
 
-On other devices they run eagerly; so does, after a warning, a kernel that cannot be compiled.
+On other devices they run eagerly; so does, after a warning, a kernel that cannot be compiled. Functions of all weights
+at once (`sbs.weights`) have kernels of their own for CUDA alone.
 """
 
 import functools
+import importlib
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
@@ -31,29 +33,15 @@ _FEW = 2**13
 _NOT_OURS = (torch.OutOfMemoryError, torch.AcceleratorError)
 
 
-class _Compiled:
-    """A kernel that compiles itself for each kind of operand and falls back to eager for good if that fails."""
+class _Fallible:
+    """A function that has a faster form, and does without it for good if that fails."""
 
     enabled = True
 
-    def __init__(
-        self, function: Kernel, cpu_options: Mapping[str, bool] = MappingProxyType({}), *, reads_grid: bool = True
-    ) -> None:
+    def __init__(self, function: Kernel) -> None:
         self.eager = function
         self.name: str = function.__name__
-        self.reads_grid = reads_grid
-        self.cpu_options = _OPTIONS | dict(cpu_options)
         self.failure: str | None = None
-        self.made: dict[tuple[object, ...], Kernel] = {}
-
-    def __call__(self, operand: Operand, form: Form, *args: Any) -> Any:
-        # a subclass (FakeTensor, say) may have no memory that a compiled kernel could read
-        if self.failure is not None or not _Compiled.enabled or type(operand.x) is not Tensor:
-            return self.eager(operand, form, *args)
-        road = _ROADS.get(operand.x.device.type)
-        if road is None or torch.compiler.is_compiling():
-            return self.eager(operand, form, *args)
-        return road(self, operand, form, args)
 
     def give_up(self, error: Exception) -> Kernel:
         """Warn, and run eagerly from here on."""
@@ -64,6 +52,69 @@ class _Compiled:
             f"SBS kernel {self.name} runs uncompiled, and slower: compiling it failed ({self.failure})", stacklevel=4
         )
         return self.eager
+
+    def retry(self) -> None:
+        """Forget that it failed."""
+        self.failure = None
+
+
+class _Compiled(_Fallible):
+    """A kernel that compiles itself for each kind of operand."""
+
+    def __init__(
+        self, function: Kernel, cpu_options: Mapping[str, bool] = MappingProxyType({}), *, reads_grid: bool = True
+    ) -> None:
+        super().__init__(function)
+        self.reads_grid = reads_grid
+        self.cpu_options = _OPTIONS | dict(cpu_options)
+        self.made: dict[tuple[object, ...], Kernel] = {}
+
+    def __call__(self, operand: Operand, form: Form, *args: Any) -> Any:
+        # a subclass (FakeTensor, say) may have no memory that a compiled kernel could read
+        if self.failure is not None or not _Fallible.enabled or type(operand.x) is not Tensor:
+            return self.eager(operand, form, *args)
+        road = _ROADS.get(operand.x.device.type)
+        if road is None or torch.compiler.is_compiling():
+            return self.eager(operand, form, *args)
+        return road(self, operand, form, args)
+
+    def retry(self) -> None:
+        """Forget that it failed, and what was made until then."""
+        if self.failure is not None:
+            super().retry()
+            self.made.clear()
+
+
+class _Grouped(_Fallible):
+    """A function of all weights of a network, the first argument a sequence of them: a launch or two on CUDA.
+
+    Its kernels return None for what they do not compute.
+    """
+
+    def __init__(self, function: Kernel) -> None:
+        super().__init__(function)
+        self.kernel = self.name.lstrip("_")
+        self.name = f"{self.kernel} of all weights"
+
+    def __call__(self, weights: Sequence[Tensor], *args: Any) -> Any:
+        found = None
+        if self.failure is None and _Fallible.enabled and weights and not torch.compiler.is_compiling():
+            device = weights[0].device
+            road = _GROUPED_ROADS.get(device.type)
+            own = [w.detach() for w in weights] if road else []
+            if road and all(type(w) is Tensor and w.device == device for w in own):
+                found = road(self, own, args)
+        return self.eager(weights, *args) if found is None else found
+
+
+def _groups_by_triton(function: _Grouped, weights: Sequence[Tensor], args: tuple[Any, ...]) -> Any:
+    """The function for CUDA."""
+    try:
+        return _triton("triton_groups")[function.kernel](weights, *args)
+    except _NOT_OURS:
+        raise
+    except Exception as error:  # noqa: BLE001 - as in _by_triton
+        return function.give_up(error)(weights, *args)
 
 
 def _by_library(kernel: _Compiled, operand: Operand, form: Form, args: tuple[Any, ...]) -> Any:
@@ -86,7 +137,7 @@ def _by_library(kernel: _Compiled, operand: Operand, form: Form, args: tuple[Any
 def _by_triton(kernel: _Compiled, operand: Operand, form: Form, args: tuple[Any, ...]) -> Any:
     """The kernel for CUDA, which compiles itself when it is launched."""
     try:
-        return _triton()[kernel.name](operand, form, *args)
+        return _triton("triton_kernels")[kernel.name](operand, form, *args)
     except _NOT_OURS:
         raise
     except Exception as error:  # noqa: BLE001 - Triton missing, its compilers or the C compiler that it needs
@@ -94,10 +145,8 @@ def _by_triton(kernel: _Compiled, operand: Operand, form: Form, args: tuple[Any,
 
 
 @functools.cache
-def _triton() -> Mapping[str, Kernel]:
-    from sbs import triton_kernels  # a build of torch for the CPU comes without Triton
-
-    return vars(triton_kernels)
+def _triton(module: str) -> Mapping[str, Kernel]:
+    return vars(importlib.import_module(f"sbs.{module}"))  # a build of torch for the CPU comes without Triton
 
 
 _ROADS: dict[str, Callable[[_Compiled, Operand, Form, tuple[Any, ...]], Any]] = {
@@ -105,6 +154,7 @@ _ROADS: dict[str, Callable[[_Compiled, Operand, Form, tuple[Any, ...]], Any]] = 
     "cuda": _by_triton,
 }
 """By type of device; kernels run eagerly on all others."""
+_GROUPED_ROADS: dict[str, Callable[[_Grouped, Sequence[Tensor], tuple[Any, ...]], Any]] = {"cuda": _groups_by_triton}
 
 
 def _kind(operand: Operand, form: Form, args: tuple[Any, ...]) -> tuple[object, ...]:
@@ -122,7 +172,14 @@ encode_with_sums = _Compiled(kernels.encode_with_sums)
 residual_sums = _Compiled(kernels.residual_sums)
 backward = _Compiled(kernels.backward, _ONE_LOOP)
 backward_with_codes = _Compiled(kernels.backward_with_codes, _ONE_LOOP)
-_ALL = (encode, encode_with_check, encode_with_sums, residual_sums, backward, backward_with_codes)
+_ALL: list[_Fallible] = [encode, encode_with_check, encode_with_sums, residual_sums, backward, backward_with_codes]
+
+
+def grouped(function: Kernel) -> _Grouped:
+    """`function`, by a grouped kernel of its name where there is one."""
+    made = _Grouped(function)
+    _ALL.append(made)
+    return made
 
 
 def use_compiled(enabled: bool) -> bool:
@@ -130,12 +187,10 @@ def use_compiled(enabled: bool) -> bool:
 
     Switched on, kernels that could not be compiled are tried again.
     """
-    former = _Compiled.enabled
-    _Compiled.enabled = enabled
-    for kernel in _ALL:
-        if enabled and kernel.failure is not None:
-            kernel.failure = None
-            kernel.made.clear()
+    former = _Fallible.enabled
+    _Fallible.enabled = enabled
+    for kernel in _ALL if enabled else ():
+        kernel.retry()
     return former
 
 

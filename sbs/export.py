@@ -23,7 +23,7 @@ from sbs.policy import LayerPolicy, Policy
 from sbs.space import levels
 from sbs.structure import structure
 from sbs.supernet import SuperNet
-from sbs.weights import encode, moments
+from sbs.weights import moments, weight_codes
 
 MAGIC = b"SBSNET01"
 _FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -103,10 +103,10 @@ def codes_of(layer: QuantizedLayer, bits: int) -> tuple[Tensor, Tensor]:
     given = layer.given_codes()
     if given is not None:
         return given.scale, given.codes.contiguous()
-    (mean,), (std,) = moments([layer.weight], [layer.kept])
-    scale = layer.weight_clip * std
-    codes = encode([layer.weight.contiguous()], [mean], [scale], [scale.new_tensor(float(levels(bits)))])[0]
-    return scale, codes
+    selected = layer.weight.new_full((1,), float(levels(bits)))
+    found = moments([layer.weight], [layer.kept])
+    (made,) = weight_codes([layer.weight.contiguous()], [layer.weight_clip], selected, found)
+    return made.scale, made.codes
 
 
 def _raw(tensor: Tensor) -> bytes:

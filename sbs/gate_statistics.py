@@ -3,7 +3,9 @@
 import torch
 from torch import Tensor
 
+from sbs.constants import constant
 from sbs.gates import MOMENTUM
+from sbs.layers import Residuals
 from sbs.ranks import agree
 from sbs.space import levels
 from sbs.supernet import SuperNet
@@ -42,9 +44,20 @@ def _collected(net: SuperNet) -> Tensor:
     empty = bank.statistic.new_zeros(bank.statistic.shape[1])
     if bank.thresholds.numel() == 0:
         return empty.double()
-    sums = torch.stack([empty if p is None else p[0].to(empty) for p in pending])
-    counts = torch.stack([empty.new_zeros(()) if p is None else p[1].to(empty) for p in pending])
-    return torch.cat([sums, counts.unsqueeze(1)], dim=1).double()
+    sums = torch.stack([empty if p is None else p.sums.to(empty) for p in pending])
+    return torch.cat([sums, _counts(pending, empty).unsqueeze(1)], dim=1).double()
+
+
+def _counts(pending: list[Residuals | None], empty: Tensor) -> Tensor:
+    """How many values each layer's sums are of, (layers,)."""
+    single = [p for p in pending if p is not None and isinstance(p.count, int) and p.sums.dtype == empty.dtype]
+    numbers = None
+    if len(single) == len(pending):
+        numbers = constant(tuple(float(p.count) for p in single), empty.dtype, empty.device)
+    if numbers is not None:
+        whole = empty.new_ones(())
+        return numbers * torch.stack([whole if p.share is None else p.share for p in single])
+    return torch.stack([empty.new_zeros(()) if p is None else p.counted().to(empty) for p in pending])
 
 
 def _update_activations(net: SuperNet, table: Tensor, momentum: float) -> None:
@@ -60,13 +73,15 @@ def _update_activations(net: SuperNet, table: Tensor, momentum: float) -> None:
 def _update_weights(net: SuperNet) -> None:
     if net.weight_gates.thresholds.numel() == 0:
         return
-    layers = net.searched_layers()
-    weights, masks = [layer.weight for layer in layers], [layer.kept for layer in layers]
-    means, stds = moments(weights, masks)
+    layers, searched = net.coded_layers(), len(net.searched)
+    means, stds = moments([layer.weight for layer in layers], [layer.kept for layer in layers])
     net.leave_moments(means, stds)
-    scales = [layer.weight_clip * std for layer, std in zip(layers, stds, strict=True)]
+    # behind the searched layers there may be the first and the last
+    layers, means, stds = layers[:searched], means[:searched], stds[:searched]
+    scales = torch.stack([layer.weight_clip for layer in layers]) * stds
     grid = tuple(levels(b) for b in net.space.weight_bits)
-    net.weight_gates.statistic.copy_(statistics(weights, means, scales, grid, masks))
+    found = statistics([layer.weight for layer in layers], means, scales, grid, [layer.kept for layer in layers])
+    net.weight_gates.statistic.copy_(found)
 
 
 def _update_channels(net: SuperNet) -> None:

@@ -103,20 +103,6 @@ class NetworkGraph:
                 columns = (columns.unsqueeze(1) * info.repeat + torch.arange(info.repeat)).reshape(-1)
             yield info, rows, columns
 
-    def masks(self, channels: Sequence[Tensor]) -> Iterator[tuple[LayerInfo, Tensor | None]]:
-        """Every layer with what channel gates leave of its weight, broadcast to its shape; None for all of it.
-
-        channels: gate of every channel of every group, zeros and ones.
-        """
-        for info in self.layers:
-            rows = None if info.group is None else channels[info.group].unsqueeze(1)
-            columns = None if info.source is None or info.kind == "depthwise" else channels[info.source].unsqueeze(0)
-            if columns is not None and info.repeat > 1:
-                columns = columns.repeat_interleave(info.repeat, dim=1)
-            parts = [part for part in (rows, columns) if part is not None]
-            mask = None if not parts else parts[0] if len(parts) == 1 else parts[0] * parts[1]
-            yield info, mask if mask is None or info.kind == "linear" else mask[..., None, None]
-
 
 def analyze(model: nn.Module, example_input: Tensor) -> NetworkGraph:
     """Trace `model` on `example_input` (N, C, H, W) and return its graph.

@@ -117,15 +117,16 @@ def encode_with_sums(operand: Operand, form: Form, dtype: torch.dtype) -> tuple[
     return encode(operand, form, dtype), residual_sums(operand, form)
 
 
-def backward(
-    operand: Operand, form: Form, grad: Tensor, grad_scale: Tensor, bit_gates: Tensor
+def backward(  # noqa: PLR0917 - tensors and statics, in the order that a library takes them
+    operand: Operand, form: Form, grad: Tensor, grad_scale: Tensor, bit_gates: Tensor, spread: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """Closed-form gradients (dx, dscale, dbit_gates, dgate) of a loss with g = dL/dvalue = grad * grad_scale.
 
     dx = g * 1[inside], with a ReLU also * 1[0 < x < limit];
     dscale = <g, v_q - v * 1[inside]>, v the normalised value, v_q its quantised one;
     dbit_gates[j] = (dvalue/dz) * (product of lower gates) * <g, offset_j + gate_{j+1} * (offset_{j+1} + ...)>,
-    where offset_j = D_{grid[j+1]}(z) - D_{grid[j]}(z). dgate, per channel, uses the value before the gate.
+    where offset_j = D_{grid[j+1]}(z) - D_{grid[j]}(z). dgate, per channel, uses the value before the gate. spread:
+    where the scale is that times a clip, dscale is the clip's.
     """
     x, gate, scale = _gated(operand, form), operand.gate, operand.scale
     g = grad.to(x.dtype) * grad_scale
@@ -151,6 +152,8 @@ def backward(
     if form.relu is not None:
         dx = dx * _relu_passes(operand.x, form.relu)
     slope = 2 * scale if form.signed else scale
+    if spread is not None:
+        dscale = dscale * spread
     return dx.to(operand.x.dtype), dscale, _chain(dots, bit_gates, slope), dgate
 
 

@@ -4,6 +4,7 @@ A layer holds its candidate bit-widths; with one candidate it is a fixed-bit lay
 step reach it through `context`, which the network sets before its forward pass and clears after the step.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,23 +14,29 @@ from torch import Tensor, nn
 from sbs.errors import SbsError
 from sbs.kernels import Form, GateMode
 from sbs.memory import spread
-from sbs.quantizer import LINEAR, Affine, QuantizedAffine, Side, convolution
+from sbs.quantizer import LINEAR, Affine, QuantizedAffine, Side, codes_type, convolution
 from sbs.space import FULL_PRECISION_BITS, levels
-from sbs.weights import WeightCodes, encode, moments
+from sbs.weights import Masks, WeightCodes, moments, weight_codes, whole_mask
 
 CLIP_FLOOR_SHARE = 1e-3
 
 
 @dataclass(frozen=True)
 class LayerContext:
-    """The gates of one step for one layer; None where that side has nothing to choose or to gate."""
+    """The gates of one step for one layer; None where that side has nothing to choose or to gate.
+
+    units: value of an input's code, and that times the value of a weight's. channel_share: share of the channels that
+    channel_gate leaves open.
+    """
 
     weight: WeightCodes | None = None
+    units: tuple[Tensor, Tensor] | None = None
     weight_gates: Tensor | None = None
     weight_levels: Tensor | None = None
     activation_gates: Tensor | None = None
     activation_levels: Tensor | None = None
     channel_gate: Tensor | None = None
+    channel_share: Tensor | None = None
     collect: bool = False
 
     def __reduce__(self) -> tuple[type[None], tuple[()]]:
@@ -38,6 +45,28 @@ class LayerContext:
 
 
 _FIXED = LayerContext()
+
+
+@dataclass(frozen=True)
+class Residuals:
+    """Residual sums (K - 1,) of activations, and how many they are: `count`, of which channel gates leave `share`."""
+
+    sums: Tensor
+    count: int | Tensor
+    share: Tensor | None = None
+
+    def counted(self) -> Tensor:
+        """How many they are, 0-dim."""
+        if isinstance(self.count, Tensor):
+            return self.count
+        count = torch.full_like(self.sums[0], self.count)
+        return count if self.share is None else count * self.share
+
+    def and_before(self, earlier: "Residuals | None") -> "Residuals":
+        """These and those of earlier batches."""
+        if earlier is None:
+            return self
+        return Residuals(self.sums + earlier.sums, self.counted() + earlier.counted())
 
 
 @dataclass(frozen=True)
@@ -71,17 +100,18 @@ class QuantizedLayer(nn.Module):
     _given_codes: Tensor | None
     _given_scale: Tensor | None
 
-    kept: Tensor | None
-    """Ones where the weight's entries are kept, zeros where channel gates are closed; None where all are."""
+    kept: Masks
+    """Whose product has ones where the weight's entries are kept, zeros where channel gates are closed."""
 
     def setup(self, settings: QuantSettings) -> None:
         """Give a float layer its clips and its (empty) bookkeeping."""
         self.check_type()
         self.settings = settings
         self.context: LayerContext | None = None
-        self.kept: Tensor | None = None
-        self.pending_activation: tuple[Tensor, Tensor] | None = None
+        self.kept: Masks = ()
+        self.pending_activation: Residuals | None = None
         self.observed: list[Tensor] | None = None
+        self.siblings: Any = None  # of sbs.siblings, where there are any
         like = self.weight.detach()
         for side, bits in (("weight", settings.weight_bits), ("activation", settings.activation_bits)):
             quantized = bits != (FULL_PRECISION_BITS,)
@@ -92,8 +122,7 @@ class QuantizedLayer(nn.Module):
             else:
                 self.register_buffer(f"{side}_clip", clip)
             self.register_buffer(f"{side}_clip_floor", like.new_tensor(CLIP_FLOOR_SHARE))
-            top = float(levels(bits[-1])) if quantized else 1.0
-            self.register_buffer(f"_{side}_levels", like.new_tensor(top), persistent=False)
+            self.register_buffer(f"_{side}_levels", like.new_tensor(self.steps(side)), persistent=False)
         self.register_buffer("_zero", like.new_zeros(()), persistent=False)
         self.register_buffer("_given_codes", None, persistent=False)
         self.register_buffer("_given_scale", None, persistent=False)
@@ -124,6 +153,11 @@ class QuantizedLayer(nn.Module):
             )
         return self.context or _FIXED
 
+    def steps(self, side: str) -> float:
+        """n of the widest candidate of a side, 1 where it is not quantised."""
+        bits = self.settings.weight_bits if side == "weight" else self.settings.activation_bits
+        return 1.0 if bits == (FULL_PRECISION_BITS,) else float(levels(bits[-1]))
+
     @property
     def quantizes_weight(self) -> bool:
         """Whether the weight is quantised (else full precision)."""
@@ -151,48 +185,44 @@ class QuantizedLayer(nn.Module):
             return None
         return WeightCodes(self._zero, self._given_scale, self._given_codes)
 
-    def keep(self, mask: Tensor | None) -> bool:
-        """Take a mask, in place where there is one already: a captured step reads it where it lies.
-
-        False if it is known to be the one that was there.
-        """
-        if mask is not None and mask.device.type == "cpu":
-            mask = None if bool(mask.all()) else mask  # there looking costs nothing, and multiplying by ones does
-        kept = self.kept
-        if mask is None or kept is None or kept.device != mask.device or kept.is_inference():
-            self.kept = mask
-            return mask is not None or kept is not None
-        if mask.device.type == "cpu" and mask.equal(kept):
-            return False
-        kept.copy_(mask)
+    def keep(self, masks: Masks) -> bool:
+        """Take the masks of the kept entries; False if they are known to be those that were there."""
+        # there looking costs nothing, and multiplying by ones does; elsewhere the network writes to them in place
+        if masks and masks[0].device.type == "cpu":
+            whole = whole_mask(masks).clone()
+            masks = () if bool(whole.all()) else (whole,)
+            if len(masks) == len(self.kept) and all(map(torch.equal, masks, self.kept)):
+                return False
+        self.kept = masks
         return True
 
     def kept_weight(self) -> Tensor:
-        """The weight's kept entries, flat: those that the compressed layer will hold. Looks at the mask."""
+        """The weight's kept entries, flat: those that the compressed layer will hold. Looks at the masks."""
         w: Tensor = self.weight
-        return w.flatten() if self.kept is None else w[self.kept.expand_as(w) > 0]
+        return w[whole_mask(self.kept).expand_as(w) > 0] if self.kept else w.flatten()
 
-    def _weight_side(self) -> tuple[Side, Tensor]:
-        """The weight's side and its scale v_w * std, statistics detached and over the kept weights alone."""
-        c = self._context()
+    def _weight_side(self, c: LayerContext) -> Side:
+        """The weight's side, statistics detached and over the kept weights alone."""
         selected = self._weight_levels if c.weight_levels is None else c.weight_levels
-        quantized = c.weight or self.given_codes()
-        if quantized is None:
-            (mean,), (std,) = moments([self.weight], [self.kept])
-            scale = self.weight_clip * std
-            quantized = WeightCodes(mean, scale, encode([self.weight], [mean], [scale], [selected])[0])
+        given = c.weight or self.given_codes()
+        if given is None:
+            found = moments([self.weight], [self.kept])
+            dtype = codes_type(self.weight, self.settings.weight_bits[-1])
+            (given,) = weight_codes([self.weight], [self.weight_clip], selected.view(1), found, dtype)
         form = Form(True, GateMode.NONE, tuple(levels(b) for b in self.settings.weight_bits))
-        return Side(form, selected, quantized.shift, codes=quantized.codes), quantized.scale
+        return Side(form, selected, given.shift, given=given, unit=given.unit)
 
-    def _activation_side(self) -> Side:
-        c, s = self._context(), self.settings
+    def _activation_side(self, c: LayerContext) -> Side:
+        s = self.settings
         grid = tuple(levels(b) for b in s.activation_bits)
         selected = self._activation_levels if c.activation_levels is None else c.activation_levels
         mode = s.gate_mode if c.channel_gate is not None else GateMode.NONE
-        return Side(Form(s.signed, mode, grid, s.relu), selected, self._zero, collect=c.collect and len(grid) > 1)
+        unit, product = c.units or (None, None)
+        collect = c.collect and len(grid) > 1
+        return Side(Form(s.signed, mode, grid, s.relu), selected, self._zero, collect, unit=unit, product=product)
 
     def apply_quantized(self, x: Tensor, affine: Affine) -> Tensor:
-        """The layer's output for input `x`, bias included; leaves the residual sums in `pending_activation`."""
+        """The layer's output for input `x`, bias included; leaves residual sums in `pending_activation`."""
         self.check_type()
         if not x.is_floating_point():
             raise SbsError(f"a quantised layer got an input of {x.dtype}: give images as floating point, normalised")
@@ -215,30 +245,28 @@ class QuantizedLayer(nn.Module):
         if not self.quantizes_activation and not self.quantizes_weight:
             y = affine.forward(x, self.weight)
         else:
-            y = self._quantized(x, affine, gate)
+            y = self._quantized(x, affine, c, gate)
         return y if self.bias is None else self._add_bias(y)
 
-    def _quantized(self, x: Tensor, affine: Affine, gate: Tensor | None) -> Tensor:
-        c = self._context()
-        x_side = self._activation_side() if self.quantizes_activation else None
-        w_side, w_scale = self._weight_side() if self.quantizes_weight else (None, self._zero)
+    def _quantized(self, x: Tensor, affine: Affine, c: LayerContext, gate: Tensor | None) -> Tensor:
+        if self.siblings is not None and not torch.compiler.is_compiling():
+            c = self.siblings.context(self)
+        x_side = self._activation_side(c) if self.quantizes_activation else None
+        w_side = self._weight_side(c) if self.quantizes_weight else None
+        # a file has but the scale: no gradient can reach the clip
+        w_clip = self._zero if w_side is None or self._given_codes is not None else self.weight_clip
         x_gates = self._no_gates if c.activation_gates is None else c.activation_gates
         w_gates = self._no_gates if c.weight_gates is None else c.weight_gates
         y, sums = QuantizedAffine.apply(
-            x, self.weight, self.activation_clip, w_scale, x_gates, w_gates, gate, affine, x_side, w_side
+            x, self.weight, self.activation_clip, w_clip, x_gates, w_gates, gate, affine, x_side, w_side
         )
         if sums is not None:
-            self._collect(x, sums, gate if x_side is not None and x_side.form.mode is not GateMode.NONE else None)
+            share = None
+            if gate is not None and x_side is not None and x_side.form.mode is not GateMode.NONE:
+                share = gate.detach().mean() if c.channel_share is None else c.channel_share
+            self.pending_activation = Residuals(sums, x.numel(), share).and_before(self.pending_activation)
         output: Tensor = y
         return output
-
-    def _collect(self, x: Tensor, sums: Tensor, gate: Tensor | None) -> None:
-        count = torch.full_like(sums[0], x.numel())
-        if gate is not None:
-            count = count * (gate.detach().mean())
-        if self.pending_activation is not None:
-            sums, count = sums + self.pending_activation[0], count + self.pending_activation[1]
-        self.pending_activation = (sums, count)
 
     def _add_bias(self, y: Tensor) -> Tensor:
         assert self.bias is not None
@@ -285,6 +313,16 @@ class QuantLinear(nn.Linear, QuantizedLayer):
     def forward(self, x: Tensor) -> Tensor:
         """(N, F) -> (N, O)."""
         return self.apply_quantized(x, LINEAR)
+
+
+@torch.no_grad()
+def units(
+    layers: Sequence[QuantizedLayer], weights: Sequence[WeightCodes], steps: Tensor
+) -> list[tuple[Tensor, Tensor]]:
+    """What LayerContext holds of each layer; steps: n of the layers' inputs, (layers,)."""
+    inputs = torch.stack([layer.activation_clip for layer in layers]) / steps
+    products = inputs * torch.stack([each.unit for each in weights if each.unit is not None])
+    return list(zip(inputs.unbind(0), products.unbind(0), strict=True))
 
 
 @torch.no_grad()

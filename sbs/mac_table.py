@@ -19,6 +19,7 @@ class MacTable(nn.Module):
     outputs: Tensor
     inputs: Tensor
     sizes: Tensor
+    totals: Tensor
     owner: Tensor
     searched_index: Tensor
 
@@ -47,6 +48,8 @@ class MacTable(nn.Module):
         self.register_buffer("outputs", torch.tensor(outputs), persistent=False)
         self.register_buffer("inputs", torch.tensor(inputs), persistent=False)
         self.register_buffer("sizes", group_sizes.double(), persistent=False)
+        totals = torch.tensor([float(group_sizes[start:stop].sum()) for start, stop in slices], dtype=torch.float64)
+        self.register_buffer("totals", totals, persistent=False)
         self.register_buffer("owner", torch.tensor(owner, dtype=torch.int64), persistent=False)
         # row of each layer among the searched ones; first and last layers point behind the last row
         self.register_buffer("searched_index", torch.tensor(searched), persistent=False)
@@ -54,7 +57,15 @@ class MacTable(nn.Module):
     def forward(self, channel_gates: Tensor) -> Tensor:
         """Gates of all groups (..., groups) -> MACs (..., layers), float64."""
         # net.float() and the like convert the buffers
-        constant, channels = self.constant.double(), channel_gates.double() * self.sizes.double()
-        kept = channels.new_zeros(*channels.shape[:-1], self.groups).index_add(-1, self.owner, channels)
-        kept = torch.cat([torch.ones_like(channels[..., :1].sum(-1, keepdim=True)), kept], dim=-1)
+        constant, kept = self.constant.double(), self._kept(channel_gates)
+        kept = torch.cat([torch.ones_like(kept[..., :1].sum(-1, keepdim=True)), kept], dim=-1)
         return constant * kept[..., self.outputs] * kept[..., self.inputs]
+
+    def shares(self, channel_gates: Tensor) -> Tensor:
+        """Share of every ChannelGroup's channels that its gates leave open, (ChannelGroups,), in the gates' type."""
+        return self._kept(channel_gates).to(channel_gates.dtype) / self.totals.to(channel_gates.dtype)
+
+    def _kept(self, channel_gates: Tensor) -> Tensor:
+        """Open channels of every ChannelGroup, (..., ChannelGroups), float64."""
+        channels = channel_gates.double() * self.sizes.double()
+        return channels.new_zeros(*channels.shape[:-1], self.groups).index_add(-1, self.owner, channels)

@@ -14,6 +14,7 @@ from sbs.bops import bops_under
 from sbs.errors import SbsError
 from sbs.gates import PACE, effective_bits, movable
 from sbs.layers import QuantizedLayer, clamp_clips
+from sbs.siblings import gather
 from sbs.supernet import SuperNet, supernet_of
 
 Gradient = Literal["joint", "weights", "activations"]
@@ -82,6 +83,7 @@ def after_step(net: nn.Module, steps: int = DEFAULT_STEPS, *, loss_scale: float 
         decide.step(supernet, steps, loss_scale)
     if not supernets:
         clamp_clips(net)
+        gather(net)
 
 
 def margins(net: SuperNet) -> dict[str, dict[str, list[float]]]:

@@ -18,6 +18,8 @@ from sbs import compiled, integer
 from sbs.integer import Geometry
 from sbs.kernels import Form, GateMode, Operand
 from sbs.memory import dense, like, memory_view, restore
+from sbs.space import levels
+from sbs.weights import WeightCodes
 
 # float16 sums of 255 * 255 overflow: there codes are scaled by a power of two, which is exact
 _HALF_SHRINK = 2.0**-8
@@ -68,15 +70,18 @@ LINEAR = Affine(lambda x, w: x @ w.t(), _linear_backward)
 class Side:
     """How one operand is quantised in one call; everything but the two learnable inputs (scale, bit gates).
 
-    levels: the selected 2**b - 1, 0-dim. shift: 0-dim, used where the form is signed.
-    collect: whether residual sums are wanted. codes: the integer codes, where the caller has them already.
+    levels: the selected 2**b - 1, 0-dim. shift: 0-dim, used where the form is signed. given: what the caller has
+    already of a weight. unit: value of a code, product: that times the weight's, where the caller has them already.
+    collect: whether residual sums are wanted.
     """
 
     form: Form
     levels: Tensor
     shift: Tensor
     collect: bool = False
-    codes: Tensor | None = None
+    given: WeightCodes | None = None
+    unit: Tensor | None = None
+    product: Tensor | None = None
 
     def operand(self, x: Tensor, scale: Tensor, gate: Tensor | None, *, sums: bool = False) -> tuple[Operand, Form]:
         """The kernel's arguments for a dense `x`; the gate (C,) is left out where the form has no use for it.
@@ -106,6 +111,14 @@ def _compute_dtype(x: Tensor, sides: list[Side | None]) -> torch.dtype:
     if not torch.is_autocast_enabled(kind):
         return torch.float32 if any(sides) else x.dtype
     return torch.float32 if _has_wide_codes(sides) else torch.get_autocast_dtype(kind)
+
+
+def codes_type(weight: Tensor, bits: int) -> torch.dtype:
+    """The type that products with a weight's codes are likely to be taken in; codes are exact in it."""
+    kind = weight.device.type
+    if weight.dtype == torch.float64 or not torch.is_autocast_enabled(kind) or levels(bits) >= _EXACT_BF16_LEVELS:
+        return weight.dtype
+    return torch.get_autocast_dtype(kind)
 
 
 def _has_wide_codes(sides: list[Side | None]) -> bool:
@@ -146,8 +159,8 @@ def _encode(given: _Input, dtype: torch.dtype, *, collect: bool = False) -> tupl
     x, side = given.x, given.side
     if side is None:
         return x.to(dtype), None
-    if side.codes is not None:
-        return _shrunk(side.codes.to(dtype)), None
+    if side.given is not None:
+        return _shrunk(side.given.codes.to(dtype)), None
     operand, form = _encoder(given, side, collect=collect)
     if collect:
         codes, sums = compiled.encode_with_sums(operand, form, dtype)
@@ -166,7 +179,9 @@ def _encoder(given: _Input, side: Side, *, collect: bool) -> tuple[Operand, Form
 def _unit(given: _Input, dtype: torch.dtype) -> Tensor:
     if given.side is None:
         return torch.ones_like(given.scale)
-    unit = given.scale.detach() / given.side.levels
+    unit = given.side.unit
+    if unit is None:
+        unit = given.scale.detach() / given.side.levels
     return unit / _HALF_SHRINK if dtype == torch.float16 else unit
 
 
@@ -203,7 +218,7 @@ def _shrunk(codes: Tensor) -> Tensor:
 class QuantizedAffine(torch.autograd.Function):
     """y = affine(Q(x), Q(w)) with the closed-form gradients of method section 4; also returns the residual sums of x.
 
-    Inputs: x, w, their scales (0-dim), their bit gates (K - 1,), the channel gate of x (C,) or None, and the statics.
+    Inputs: x, w, their clips (0-dim), their bit gates (K - 1,), the channel gate of x (C,) or None, and the statics.
     """
 
     @staticmethod
@@ -212,7 +227,7 @@ class QuantizedAffine(torch.autograd.Function):
         x: Tensor,
         w: Tensor,
         x_scale: Tensor,
-        w_scale: Tensor,
+        w_clip: Tensor,
         x_gates: Tensor,
         w_gates: Tensor,
         channel_gate: Tensor | None,
@@ -222,6 +237,7 @@ class QuantizedAffine(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor | None]:
         """x (N, C, ...), w (O, I, ...) -> y (N, O, ...), sums (K - 1,) or None."""
         x, w = dense(x), dense(w)
+        w_scale = w_clip if w_side is None or w_side.given is None else w_side.given.scale
         dtype = _compute_dtype(x, [x_side, w_side])
         given, weight = _Input(x, x_side, x_scale, x_gates, channel_gate), _Input(w, w_side, w_scale, w_gates)
         w_codes, _ = _encode(weight, dtype)
@@ -229,17 +245,21 @@ class QuantizedAffine(torch.autograd.Function):
             given, w_codes, _has_wide_codes([x_side, w_side]), affine
         )
         x_unit, w_unit = _unit(given, dtype), _unit(weight, dtype)
-        y.mul_(x_unit * w_unit)
+        known = None if x_side is None or w_side is None or dtype == torch.float16 else x_side.product
+        y.mul_(x_unit * w_unit if known is None else known)
         ctx.save_for_backward(x, w, x_scale, w_scale, x_gates, w_gates, channel_gate, w_codes, x_unit, w_unit)
         ctx.statics = (affine, x_side, w_side, dtype)
+        ctx.set_materialize_grads(False)
         if sums is not None:
             ctx.mark_non_differentiable(sums)
         return y, sums
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        """Gradients of x, w, the scales, the bit gates and the channel gate."""
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        """Gradients of x, w, the clips, the bit gates and the channel gate."""
+        if grads[0] is None:
+            return (None,) * 10
         x, w, x_scale, w_scale, x_gates, w_gates, channel_gate, w_codes, x_unit, w_unit = ctx.saved_tensors
         affine, x_side, w_side, dtype = ctx.statics
         need = ctx.needs_input_grad
@@ -259,8 +279,8 @@ class QuantizedAffine(torch.autograd.Function):
                 _, dw_codes = affine.backward(dy, x_codes, w_codes, [False, True])
                 w_grads, _ = _backward(dw_codes, x_unit, _Input(w, w_side, w_scale, w_gates))
         dx, dx_scale, dx_gates, dgate = x_grads
-        dw, dw_scale, dw_gates, _ = w_grads
-        return dx, dw, dx_scale, dw_scale, dx_gates, dw_gates, dgate, None, None, None
+        dw, dw_clip, dw_gates, _ = w_grads
+        return dx, dw, dx_scale, dw_clip, dx_gates, dw_gates, dgate, None, None, None
 
 
 Gradients = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]
@@ -284,5 +304,6 @@ def _backward(grad: Tensor, grad_scale: Tensor, given: _Input, *, with_codes: bo
         (dx, dscale, dgates, dgate), codes = compiled.backward_with_codes(*arguments)
         codes = restore(_shrunk(codes), x)
     else:
-        dx, dscale, dgates, dgate = compiled.backward(*arguments)
+        spread = () if side.given is None or side.given.std is None else (side.given.std,)
+        dx, dscale, dgates, dgate = compiled.backward(*arguments, *spread)
     return (restore(dx, x), dscale.to(given.scale.dtype), dgates, dgate), codes

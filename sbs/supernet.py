@@ -1,6 +1,7 @@
 """The super-network: every bit-width and every channel group of a search space in one set of weights."""
 
 import copy
+import itertools
 import math
 import warnings
 from collections.abc import Iterator, Sequence
@@ -14,13 +15,14 @@ from sbs.errors import SbsError
 from sbs.gates import GateBank, selected
 from sbs.graph import NetworkGraph, analyze
 from sbs.kernels import GateMode
-from sbs.layers import LayerContext, QuantizedLayer, check_own_weights, from_float
+from sbs.layers import LayerContext, QuantizedLayer, check_own_weights, from_float, units
 from sbs.mac_table import MacTable
 from sbs.modules import first_parameter, put, unwrapped
+from sbs.quantizer import codes_type
 from sbs.settings import settings_of
 from sbs.space import FULL_PRECISION_BITS, SearchSpace, describe, levels
 from sbs.tracing import check_calls, check_unhooked
-from sbs.weights import Snapshot, WeightCodes, encode, moments
+from sbs.weights import Masks, Snapshot, WeightCodes, moments, weight_codes
 
 
 class SuperNet(nn.Module):
@@ -38,6 +40,7 @@ class SuperNet(nn.Module):
         self.space, self.graph = space, graph
         self.model = copy.deepcopy(model)
         self._quantize(absorbable(self.model) if absorb_relus else {})
+        named = dict(self.layers())
         self.searched = tuple(info.name for info in graph.layers if not info.edge)
         device = first_parameter(model).device
         rows = len(self.searched)
@@ -55,15 +58,20 @@ class SuperNet(nn.Module):
         self.register_buffer("pressure", torch.zeros(3, dtype=torch.float64, device=device), persistent=False)
         self._index_channels(device)
         self.macs = MacTable(graph, self.group_sizes, self.group_slices).to(device)
+        self._index_masks(device)
         self._rows = {name: i for i, name in enumerate(self.searched)}
+        edges = [info.name for info in graph.layers if info.edge]
+        self.coded = tuple(name for name in (*self.searched, *edges) if named[name].quantizes_weight)
         self._kept_version: tuple[int, int] | None = None
-        self._left_moments: tuple[Snapshot, tuple[list[Tensor], list[Tensor]]] | None = None
+        self._left_moments: tuple[Snapshot, tuple[Tensor, Tensor]] | None = None
         self._is_started = False
         self._passed = 0
         for side in ("weight", "activation"):
             bits = getattr(space, f"{side}_bits")
             steps = torch.tensor([float(levels(b)) for b in bits], device=device)
             self.register_buffer(f"_{side}_steps", steps, persistent=False)
+        edge_steps = torch.full((len(edges),), float(levels(space.first_last_bits)), device=device)
+        self.register_buffer("_edge_steps", edge_steps, persistent=False)
         self.register_load_state_dict_post_hook(_refresh_after_load)
 
     def _quantize(self, relus: dict[str, tuple[str, float]]) -> None:
@@ -116,6 +124,26 @@ class SuperNet(nn.Module):
             own = (index == gate).nonzero().squeeze(1)
             members[gate, : len(own)] = own
         self.register_buffer("group_members", members.to(device), persistent=False)
+
+    def _index_masks(self, device: torch.device) -> None:
+        """Where `kept_gates` has those of a layer's rows and columns: first those of all groups, then repeated ones."""
+        sizes = [group.channels for group in self.graph.groups] if self.group_slices else [0]
+        own = self.channel_index.cpu().split(sizes)
+        ends = [0, *itertools.accumulate(map(len, own))]
+        index, self._kept_places = list(own), {}
+        for info in self.graph.layers if self.group_slices else ():
+            rows = None if info.group is None else (ends[info.group], ends[info.group + 1])
+            columns = None
+            if info.source is not None and info.kind != "depthwise":
+                columns = (ends[info.source], ends[info.source + 1])
+                if info.repeat > 1:
+                    start = sum(map(len, index))
+                    index.append(own[info.source].repeat_interleave(info.repeat))
+                    columns = (start, start + len(index[-1]))
+            self._kept_places[info.name] = (rows, columns)
+        self.register_buffer("kept_index", torch.cat(index).to(device), persistent=False)
+        kept = torch.ones(len(self.kept_index), device=device)
+        self.register_buffer("kept_gates", kept, persistent=False)
 
     def layers(self) -> Iterator[tuple[str, QuantizedLayer]]:
         """Name and module of every quantised layer, in order of execution."""
@@ -177,41 +205,59 @@ class SuperNet(nn.Module):
         self.refresh_kept()
         layers = [layer for _, layer in self.layers()]
         layers[0].check_type()
-        weights = self._weight_codes()
-        weight, activation = self._bit_contexts("weight"), self._bit_contexts("activation")
-        channels = self.channel_gates_of(self.channel_gates.gates()) if self.group_slices else None
+        gates = [bank.gates() for bank in self.banks()]
+        steps = [self._steps(side, bank.detach()) for side, bank in zip(("weight", "activation"), gates, strict=False)]
+        weights, scaling = self._weight_codes(*steps)
+        weight, activation = (self._bit_contexts(bank, own) for bank, own in zip(gates, steps, strict=False))
+        channels, shares = None, None
+        if self.group_slices:
+            channels, shares = self.channel_gates_of(gates[2]), self.macs.shares(gates[2].detach())
         for info, layer in zip(self.graph.layers, layers, strict=True):
-            gate = None
-            if channels is not None and layer.settings.gate_mode is GateMode.STATISTICS:
-                assert info.group is not None
-                gate = channels[info.group].detach()
-            elif channels is not None and info.source is not None:
-                gate = channels[info.source]
-                gate = gate if info.repeat == 1 else gate.repeat_interleave(info.repeat)
+            gate = share = None
+            if channels is not None and shares is not None:
+                if layer.settings.gate_mode is GateMode.STATISTICS:
+                    assert info.group is not None
+                    gate, share = channels[info.group].detach(), shares[info.group]
+                elif info.source is not None:
+                    gate, share = channels[info.source], shares[info.source]
+                    gate = gate if info.repeat == 1 else gate.repeat_interleave(info.repeat)
             row = self._rows.get(info.name)
             wg, wl = (None, None) if row is None else weight[row]
             ag, al = (None, None) if row is None else activation[row]
-            layer.context = LayerContext(weights.get(info.name), wg, wl, ag, al, gate, collect=self.training)
+            layer.context = LayerContext(
+                weights.get(info.name), scaling.get(info.name), wg, wl, ag, al, gate, share, collect=self.training
+            )
 
-    def _bit_contexts(self, side: str) -> list[tuple[Tensor | None, Tensor | None]]:
-        bank: GateBank = getattr(self, f"{side}_gates")
-        if bank.thresholds.shape[1] == 0:
+    def _steps(self, side: str, gates: Tensor) -> Tensor:
+        """Steps n of the selected bit-width of every searched layer."""
+        steps: Tensor = getattr(self, f"_{side}_steps")
+        return steps[selected(gates)]
+
+    def _bit_contexts(self, gates: Tensor, steps: Tensor) -> list[tuple[Tensor | None, Tensor | None]]:
+        """Gates and selected steps by row."""
+        if gates.shape[1] == 0:
             return [(None, None)] * len(self.searched)
-        chosen = getattr(self, f"_{side}_steps")[selected(bank.decided())]
-        return list(zip(bank.gates().unbind(0), chosen.unbind(0), strict=True))
+        return list(zip(gates.unbind(0), steps.unbind(0), strict=True))
 
-    def _weight_codes(self) -> dict[str, WeightCodes]:
-        """Codes of every searched layer's weight at its selected bit-width, all layers together."""
-        layers = self.searched_layers()
-        if not layers or self.space.weight_bits == (FULL_PRECISION_BITS,):
-            return {}
-        means, stds = self._moments(layers)
-        scales = [layer.weight_clip * std for layer, std in zip(layers, stds, strict=True)]
-        steps = self._weight_steps[selected(self.weight_gates.decided())].unbind(0)
-        codes = encode([layer.weight for layer in layers], means, scales, steps)
-        return {name: WeightCodes(*c) for name, *c in zip(self.searched, means, scales, codes, strict=True)}
+    def _weight_codes(
+        self, weight_steps: Tensor, activation_steps: Tensor
+    ) -> tuple[dict[str, WeightCodes], dict[str, tuple[Tensor, Tensor]]]:
+        """Codes of every quantised weight at its selected bit-width, and units (see LayerContext), all together."""
+        layers = self.coded_layers()
+        if not layers:
+            return {}, {}
+        whole = len(layers) == len(self.graph.layers)
+        weight_steps = torch.cat([weight_steps, self._edge_steps]) if whole else self._edge_steps
+        most = max(layer.settings.weight_bits[-1] for layer in layers)
+        weights, clips = [layer.weight for layer in layers], [layer.weight_clip for layer in layers]
+        made = weight_codes(weights, clips, weight_steps, self._moments(layers), codes_type(weights[0], most))
+        codes = dict(zip(self.coded, made, strict=True))
+        if not whole or self.space.activation_bits == (FULL_PRECISION_BITS,):
+            return codes, {}
+        own = units(layers, made, torch.cat([activation_steps, self._edge_steps]))
+        return codes, dict(zip(self.coded, own, strict=True))
 
-    def _moments(self, layers: list[QuantizedLayer]) -> tuple[list[Tensor], list[Tensor]]:
+    def _moments(self, layers: list[QuantizedLayer]) -> tuple[Tensor, Tensor]:
         """Mean and deviation of the kept weights; those that after_step left serve the next training pass, once."""
         left, self._left_moments = self._left_moments, None
         if left and self.training and left[0].holds([layer.weight for layer in layers]):
@@ -226,7 +272,9 @@ class SuperNet(nn.Module):
     layer_index: Tensor
     first_gate: Tensor
     least_open: Tensor
-    _weight_steps: Tensor
+    kept_index: Tensor
+    kept_gates: Tensor
+    _edge_steps: Tensor
     images: Tensor
     steps_done: Tensor
     pressure: Tensor
@@ -235,6 +283,11 @@ class SuperNet(nn.Module):
     def banks(self) -> tuple[GateBank, GateBank, GateBank]:
         """Gates of the weights' bits, of the activations' bits, and of the channel groups."""
         return self.weight_gates, self.activation_gates, self.channel_gates
+
+    def coded_layers(self) -> list[QuantizedLayer]:
+        """The layers whose weights are quantised: those that are searched, in the order of their rows, then others."""
+        named = dict(self.layers())
+        return [named[name] for name in self.coded]
 
     def searched_layers(self) -> list[QuantizedLayer]:
         """The layers whose bits are searched, in the order of the rows of the bit gates."""
@@ -266,11 +319,11 @@ class SuperNet(nn.Module):
             bank.pull.zero_()
         self.pressure.zero_()
 
-    def leave_moments(self, means: list[Tensor], stds: list[Tensor]) -> None:
-        """Leave the moments of the searched layers' weights for the next training pass, if the weights stay."""
+    def leave_moments(self, means: Tensor, stds: Tensor) -> None:
+        """Leave the moments of the quantised weights for the next training pass, if the weights stay."""
         # on a GPU asking whether they did would wait for it; tensors of inference mode no later step can use
         if self.steps_done.device.type == "cpu" and not torch.is_inference_mode_enabled():
-            self._left_moments = Snapshot.of([layer.weight for layer in self.searched_layers()]), (means, stds)
+            self._left_moments = Snapshot.of([layer.weight for layer in self.coded_layers()]), (means, stds)
 
     def refresh_kept(self) -> None:
         """Tell the layers what channel gates leave of their weights, if those were written since the last time."""
@@ -280,13 +333,19 @@ class SuperNet(nn.Module):
         # writing through `.data` does not; in evaluation there is time to look
         if not self.group_slices or (self.training and version == self._kept_version):
             return
-        self._kept_version, changed = version, False
-        for info, mask in self.graph.masks(self.channel_gates_of(self.channel_gates.decided())):
-            layer = self.model.get_submodule(info.name)
-            assert isinstance(layer, QuantizedLayer)
-            changed |= layer.keep(mask)
-        if changed:
+        self._kept_version = version
+        self.kept_gates.copy_(self.channel_gates.decided()[self.kept_index])
+        changed = [layer.keep(self._masks(name, layer.weight.dim())) for name, layer in self.layers()]
+        if any(changed):
             self._left_moments = None
+
+    def _masks(self, name: str, dims: int) -> Masks:
+        """Of the rows and of the columns of a layer's weight, where they lie: a captured step reads them there."""
+        rows, columns = self._kept_places[name]
+        own = [] if rows is None else [self.kept_gates[slice(*rows)].view(-1, *[1] * (dims - 1))]
+        if columns is not None:
+            own.append(self.kept_gates[slice(*columns)].view(1, -1, *[1] * (dims - 2)))
+        return tuple(own)
 
 
 def _refresh_after_load(net: SuperNet, _: object) -> None:

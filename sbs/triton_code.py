@@ -252,7 +252,7 @@ def backward(
         if SIGNED:
             quantized = 2.0 * quantized - 1.0
         if MODE == AFTER:
-            product = g * quantized * scale
+            product = g * quantized  # times the scale, in the end
             if CHANNEL_FOLD > 1:
                 product = _folded(product, CHANNEL_FOLD)
             dgate += product
@@ -278,6 +278,8 @@ def backward(
             dx = tl.where(passes, dx, 0.0)
         tl.store(dx_ptr + start + within, dx.to(dx_ptr.dtype.element_ty), mask=there)
     _store_sums(sums, partials_ptr, COUNT)
+    if MODE == AFTER:
+        dgate = dgate * scale
     if MODE == BEFORE or MODE == AFTER:
         row = tl.program_id(1) + tl.num_programs(1) * tl.program_id(2)
         if LAYOUT == PIXELS:
@@ -307,10 +309,12 @@ def add_sums(partials_ptr, sums_ptr, programs, FACTOR: tl.constexpr, BLOCK: tl.c
 
 
 @triton.jit(
-    do_not_specialize=["programs", "rows", "channels"], do_not_specialize_on_alignment=["scale_ptr", "bit_gates_ptr"]
+    do_not_specialize=["programs", "rows", "channels"],
+    do_not_specialize_on_alignment=["scale_ptr", "spread_ptr", "bit_gates_ptr"],
 )
 def add_gradients(
-    partials_ptr, table_ptr, bit_gates_ptr, scale_ptr, dscale_ptr, dbits_ptr, dgate_ptr, programs, rows, channels,
+    partials_ptr, table_ptr, bit_gates_ptr, scale_ptr, spread_ptr, dscale_ptr, dbits_ptr, dgate_ptr, programs, rows,
+    channels,
     SIGNED: tl.constexpr, COUNT: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Gradients of the scale and the bit gates by the first program, of a block of channel gates by every other.
@@ -318,7 +322,10 @@ def add_gradients(
     The nested gated sum's by Horner's scheme from the top, as in `sbs.kernels`.
     """
     if tl.program_id(0) == 0:
-        tl.store(dscale_ptr, _total(partials_ptr, programs, BLOCK).to(dscale_ptr.dtype.element_ty))
+        dscale = _total(partials_ptr, programs, BLOCK)
+        if spread_ptr is not None:
+            dscale = dscale * tl.load(spread_ptr)
+        tl.store(dscale_ptr, dscale.to(dscale_ptr.dtype.element_ty))
         if COUNT > 1:
             tail = tl.full((), 0.0, tl.float32)
             for j in tl.static_range(COUNT - 2, -1, -1):

@@ -28,6 +28,8 @@ _LONG = 2**31
 _INTERPRETED_PROGRAMS = 6
 # lanes that may lie beside the tensor, as a share of a block's width
 _LEAST_USED = 0.85
+# elements of the narrowest floats in a line of the cache: blocks as wide are as good as wider ones
+_LINE = 64
 _BLOCK = 1024
 _TABLE = (32, 64)
 
@@ -41,7 +43,8 @@ class Tile(NamedTuple):
 
 
 # what was fastest on an H100 (scripts/gpu/bench_kernels.py --tune)
-TILES = {"forward": Tile(2048, 4, 8), "backward": Tile(1024, 4, 8)}
+TILES = {"forward": Tile(2048, 4, 8), "backward": Tile(1024, 4, 8), "gated backward": Tile(1024, 4, 6)}
+"""Programs that have no room at once wait for the others to end, and then run alone: a gate's take 72 registers."""
 
 
 class Plan(NamedTuple):
@@ -117,11 +120,16 @@ def _unit(size: int) -> int:
 
 
 def _columns(width: int, elements: int) -> int:
-    """The widest block of a power of two that leaves few lanes idle."""
+    """The widest block of a power of two that leaves few lanes idle, or from a line on the fewest."""
     sizes = [size for size in (16, 32, 64, 128) if size <= elements]
     used = {size: width / (math.ceil(width / size) * size) for size in sizes}
     good = [size for size in sizes if used[size] >= _LEAST_USED]
-    return max(good) if good else max(sizes, key=lambda size: (used[size], size))
+    whole = [size for size in good if size >= _LINE]
+    return max(whole or sizes, key=lambda size: (used[size], size)) if whole or not good else max(good)
+
+
+def _backward_tile(form: Form) -> Tile:
+    return TILES["backward" if form.mode is GateMode.NONE else "gated backward"]
 
 
 def _planned(operand: Operand, form: Form, tile: Tile, *others: Tensor) -> Plan | None:
@@ -187,7 +195,7 @@ def _aligned(x: Tensor) -> bool:
     return x.data_ptr() % _VECTOR_BYTES == 0
 
 
-def _on(device: torch.device) -> AbstractContextManager[object]:
+def on(device: torch.device) -> AbstractContextManager[object]:
     """Triton launches on the current device."""
     if device.type != "cuda" or device.index == torch.cuda.current_device():
         return nullcontext()
@@ -209,7 +217,7 @@ def _forward(
         wanted = {"COUNT": count, "CODES": codes is not None, "CHECK": check, "num_warps": tile.warps}
         return wanted | {"STEPS": tuple(float(n) for n in steps)} | made.statics() | _statics(form)
 
-    with _on(device):
+    with on(device):
         launch(
             triton_code.forward,
             made.grid,
@@ -283,13 +291,16 @@ def residual_sums(operand: Operand, form: Form) -> Tensor:
 Gradients = tuple[Tensor, Tensor, Tensor, Tensor | None]
 
 
-def backward(operand: Operand, form: Form, grad: Tensor, grad_scale: Tensor, bit_gates: Tensor) -> Gradients:
+def backward(
+    operand: Operand, form: Form, grad: Tensor, grad_scale: Tensor, bit_gates: Tensor, spread: Tensor | None = None
+) -> Gradients:
     """As `kernels.backward`."""
     form = _reduced(form, operand.gate, _CHANNEL_SUMS)
-    made = _planned(operand, form, TILES["backward"], grad, grad_scale, bit_gates)
+    numbers = (grad_scale, bit_gates) if spread is None else (grad_scale, bit_gates, spread)
+    made = _planned(operand, form, _backward_tile(form), grad, *numbers)
     if made is None:
-        return kernels.backward(operand, form, grad, grad_scale, bit_gates)
-    return _backward(operand, form, made, grad, grad_scale, bit_gates, codes=None)
+        return kernels.backward(operand, form, grad, grad_scale, bit_gates, spread)
+    return _backward(operand, form, made, grad, grad_scale, bit_gates, spread=spread)
 
 
 def backward_with_codes(
@@ -297,7 +308,7 @@ def backward_with_codes(
 ) -> tuple[Gradients, Tensor]:
     """As `kernels.backward_with_codes`."""
     form = _reduced(form, operand.gate, _CHANNEL_SUMS)
-    made = _planned(operand, form, TILES["backward"], grad, grad_scale, bit_gates)
+    made = _planned(operand, form, _backward_tile(form), grad, grad_scale, bit_gates)
     if made is None:
         return kernels.backward_with_codes(operand, form, grad, grad_scale, bit_gates)
     codes = torch.empty_like(operand.x, dtype=grad.dtype)
@@ -312,9 +323,10 @@ def _backward(
     grad_scale: Tensor,
     bit_gates: Tensor,
     *,
-    codes: Tensor | None,
+    codes: Tensor | None = None,
+    spread: Tensor | None = None,
 ) -> Gradients:
-    x, gate, steps, tile = operand.x, _gate(operand, form), form.grid, TILES["backward"]
+    x, gate, steps, tile = operand.x, _gate(operand, form), form.grid, _backward_tile(form)
     device = x.device
     if grad.stride() != x.stride():
         grad = torch.empty_like(x, dtype=grad.dtype).copy_(grad)
@@ -339,7 +351,7 @@ def _backward(
         return {"SIGNED": form.signed, "COUNT": len(steps)} | sizes
 
     scale = operand.scale
-    with _on(device):
+    with on(device):
         launch(
             triton_code.backward,
             made.grid,
@@ -353,8 +365,8 @@ def _backward(
         launch(
             triton_code.add_gradients,
             (1 + math.ceil(channels / _TABLE[1]), 1, 1),
-            (device, form.signed, len(steps), gate is None),
-            (partials, table, bit_gates, scale, dscale, dbits, dgate, made.programs, rows, channels),
+            (device, form.signed, len(steps), gate is None, spread is None),
+            (partials, table, bit_gates, scale, spread, dscale, dbits, dgate, made.programs, rows, channels),
             sum_constants,
         )
     return dx, dscale, dbits, dgate

@@ -4,6 +4,7 @@ Weights are small tensors, and a network has many: per-layer calls would cost mo
 through the compiled kernels one by one; the results are the same to the bit.
 """
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -21,13 +22,23 @@ _MIN_STD = 1e-8
 _LARGE = 2**16
 
 
+Masks = tuple[Tensor, ...]
+"""Whose product, broadcast to a weight, has ones where an entry counts, zeros where not; () where all do."""
+
+
 @dataclass(frozen=True)
 class WeightCodes:
-    """One layer's quantised weight: standardising shift (the mean), scale v_w * std, and signed codes 2k - n."""
+    """One layer's quantised weight: shift (the mean), scale v_w * std, signed codes 2k - n, unit scale / n.
+
+    All detached. std: the deviation, by which gradients of the scale become those of the clip v_w; None where codes and
+    scale came from a file.
+    """
 
     shift: Tensor
     scale: Tensor
     codes: Tensor
+    std: Tensor | None = None
+    unit: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -48,6 +59,22 @@ class Snapshot:
         return self.versions == _versions(weights) and torch.equal(self.samples, _samples(weights))
 
 
+@torch.no_grad()
+def weight_codes(
+    weights: Sequence[Tensor],
+    clips: Sequence[Tensor],
+    levels: Tensor,
+    found: tuple[Tensor, Tensor],
+    dtype: torch.dtype | None = None,
+) -> list[WeightCodes]:
+    """Of many layers at once; levels: (layers,), `found`: what `moments` returned, dtype: see `encode`."""
+    means, stds = found
+    scales = torch.stack([clip.detach() for clip in clips]) * stds
+    codes = encode(weights, means, scales, levels, dtype)
+    parts = (means.unbind(0), scales.unbind(0), codes, stds.unbind(0), (scales / levels).unbind(0))
+    return [WeightCodes(*each) for each in zip(*parts, strict=True)]
+
+
 def _versions(weights: Sequence[Tensor]) -> list[tuple[int, int]]:
     """An in-place update raises the version, a move to another device changes the address."""
     return [(w._version, w.data_ptr()) for w in weights]
@@ -59,14 +86,43 @@ def _samples(weights: Sequence[Tensor]) -> Tensor:
     return torch.cat([w[:: max(1, len(w) // _SAMPLES)] for w in flat])
 
 
-def moments(weights: Sequence[Tensor], masks: Sequence[Tensor | None] = ()) -> tuple[list[Tensor], list[Tensor]]:
-    """Mean and standard deviation (population) of every tensor, 0-dim each, detached.
+def moments(weights: Sequence[Tensor], masks: Sequence[Masks] = ()) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation (population) of every tensor, (layers,) each, detached.
 
-    masks: ones where an entry counts, zeros where not, broadcast to the weight; None (and none given) for all of it.
+    masks: of each weight, see `Masks`; without any all entries count.
     Summed in float64, so that the order in memory, which pruning and memory formats change, does not show in the
     result: the super-network and the compressed network standardise with the same bits.
     """
-    masks = masks or [None] * len(weights)
+    found: tuple[Tensor, Tensor] = _moments(weights, masks)
+    return found
+
+
+def encode(
+    weights: Sequence[Tensor], shifts: Tensor, scales: Tensor, levels: Tensor, dtype: torch.dtype | None = None
+) -> list[Tensor]:
+    """Signed codes 2k - n of every weight, in the weights' memory order; shifts, scales, levels: (layers,).
+
+    dtype: of the codes where it costs nothing to have another one than the weights'.
+    """
+    found: list[Tensor] = _encode(weights, shifts, scales.detach(), levels, dtype or weights[0].dtype)
+    return found
+
+
+def statistics(
+    weights: Sequence[Tensor],
+    shifts: Tensor,
+    scales: Tensor,
+    grid: tuple[int, ...],
+    masks: Sequence[Masks] = (),
+) -> Tensor:
+    """mean(r**2) / (s**2 / 12) of what counts of a weight: (layers, K - 1), for every step of `grid` but the last."""
+    found: Tensor = _statistics(weights, shifts, scales.detach(), grid, masks)
+    return found
+
+
+@compiled.grouped
+def _moments(weights: Sequence[Tensor], masks: Sequence[Masks]) -> tuple[Tensor, Tensor]:
+    masks = masks or [()] * len(weights)
     with torch.no_grad():
         found: dict[int, tuple[Tensor, Tensor]] = {}
         # the large ones alone, so that the three passes find them in the cache
@@ -85,27 +141,31 @@ def moments(weights: Sequence[Tensor], masks: Sequence[Tensor | None] = ()) -> t
         torch._foreach_clamp_min_(stds, _MIN_STD)
         types = [w.dtype for w in weights]
         narrow = [[value.to(t) for value, t in zip(values, types, strict=True)] for values in (means, stds)]
-    return narrow[0], narrow[1]
+        return torch.stack(narrow[0]), torch.stack(narrow[1])
 
 
-def _count(w: Tensor, mask: Tensor | None) -> Tensor:
+def _count(w: Tensor, masks: Masks) -> Tensor:
     """How many entries of a weight count, 0-dim, float64."""
-    if mask is None:
+    if not masks:
         return torch.full((), float(w.numel()), dtype=torch.float64, device=w.device)
+    mask = whole_mask(masks)
     return mask.sum(dtype=torch.float64) * (w.numel() // mask.numel())
 
 
-def _mask(tensors: Sequence[Tensor], masks: Sequence[Tensor | None]) -> None:
+def whole_mask(masks: Masks) -> Tensor:
+    """The one mask that several stand for."""
+    return functools.reduce(torch.mul, masks)
+
+
+def _mask(tensors: Sequence[Tensor], masks: Sequence[Masks]) -> None:
     """Set to zero, in place, what does not count."""
-    for tensor, mask in zip(tensors, masks, strict=True):
-        if mask is not None:
+    for tensor, own in zip(tensors, masks, strict=True):
+        for mask in own:
             tensor.mul_(mask)
 
 
-def encode(
-    weights: Sequence[Tensor], shifts: Sequence[Tensor], scales: Sequence[Tensor], levels: Sequence[Tensor]
-) -> list[Tensor]:
-    """Signed codes 2k - n of every weight, in the weights' type and memory order."""
+@compiled.grouped
+def _encode(weights: Sequence[Tensor], shifts: Tensor, scales: Tensor, levels: Tensor, _: torch.dtype) -> list[Tensor]:
     with torch.no_grad():
         result: list[Tensor | None] = [None] * len(weights)
         small = []
@@ -114,7 +174,7 @@ def encode(
                 small.append(i)
                 continue
             tensor = dense(w.detach())
-            operand = Operand(memory_view(tensor, False), None, shifts[i], scales[i].detach(), levels[i])
+            operand = Operand(memory_view(tensor, False), None, shifts[i], scales[i], levels[i])
             form = Form(True, GateMode.NONE, (1,))
             result[i] = restore(compiled.encode(operand, form, tensor.dtype), tensor)
         if small:
@@ -129,21 +189,21 @@ def encode(
     return [codes for codes in result if codes is not None]
 
 
-def statistics(
+@compiled.grouped
+def _statistics(
     weights: Sequence[Tensor],
-    shifts: Sequence[Tensor],
-    scales: Sequence[Tensor],
+    shifts: Tensor,
+    scales: Tensor,
     grid: tuple[int, ...],
-    masks: Sequence[Tensor | None] = (),
+    masks: Sequence[Masks],
 ) -> Tensor:
-    """mean(r**2) / (s**2 / 12) of what counts of each weight for every step of `grid` but the last: (layers, K - 1)."""
-    masks = masks or [None] * len(weights)
+    masks = masks or [()] * len(weights)
     with torch.no_grad():
-        alone = [w.numel() >= _LARGE and m is None for w, m in zip(weights, masks, strict=True)]
+        alone = [w.numel() >= _LARGE and not m for w, m in zip(weights, masks, strict=True)]
         rows: dict[int, Tensor] = {}
         for i, w in enumerate(weights):
             if alone[i]:
-                operand = Operand(memory_view(dense(w.detach()), False), None, shifts[i], scales[i].detach(), shifts[i])
+                operand = Operand(memory_view(dense(w.detach()), False), None, shifts[i], scales[i], shifts[i])
                 sums: Tensor = compiled.residual_sums(operand, Form(True, GateMode.NONE, grid))
                 rows[i] = sums / w.numel()
         rest = [i for i in range(len(weights)) if not alone[i]]

@@ -53,7 +53,7 @@ ROUND_BYTES = 400 * 2**20
 MOST_BUFFERS = 16
 REPEATS = 11
 # elements a tile, warps, programs a multiprocessor
-TUNED = tuple(itertools.product((1024, 2048, 4096), (4, 8), (8, 16)))
+TUNED = tuple(itertools.product((1024, 2048), (4, 8), (6, 7, 8, 16)))
 GIGA = 1e9
 
 
@@ -219,6 +219,7 @@ def tuned(device: str, timed: Callable[[Work], Timing], deadline: float) -> Iter
         if time.monotonic() > deadline:
             return
         name = "backward" if "backward" in kernel else "forward"
+        name = "gated backward" if name == "backward" and mode != "NONE" else name
         before = made.TILES[name]
         made.TILES[name] = made.Tile(elements, warps, waves)
         try:

@@ -201,12 +201,12 @@ def test_an_export_of_the_device_loads_on_the_cpu(device, tmp_path):
 
 def test_a_step_in_a_process_group_of_the_device_is_the_same_step(device, tmp_path):
     """NCCL on a GPU: the all-reduce of the statistics takes place where they lie. Float64, or a code might flip."""
-    alone = _searched("residual", torch.float64).to(device)
+    # made before there is a group: calibration on the CPU would average over one that knows GPUs alone
+    alone, grouped = (_searched("residual", torch.float64).to(device) for _ in range(2))
     _train(alone, 2, device, torch.float64)
     backend = "nccl" if device == "cuda" else "gloo"
     dist.init_process_group(backend, init_method=f"file://{tmp_path}/rendezvous", rank=0, world_size=1)
     try:
-        grouped = _searched("residual", torch.float64).to(device)
         _train(grouped, 2, device, torch.float64)
     finally:
         dist.destroy_process_group()

@@ -191,7 +191,7 @@ def _of_the_product(case: Case, s: Setting) -> tuple[Tensor, dict[str, Tensor], 
         leaves["bias"] = layer.bias
     y = layer(leaves["input"])
     pending = layer.pending_activation
-    return y, leaves, torch.zeros(0) if pending is None else pending[0] / pending[1]
+    return y, leaves, torch.zeros(0) if pending is None else pending.sums / pending.counted()
 
 
 def _compare(case: Case, dtype: torch.dtype, tolerance: float) -> None:

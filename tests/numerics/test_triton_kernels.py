@@ -21,6 +21,7 @@ import pytest
 import torch
 
 from sbs.kernels import Form, GateMode
+from tests.numerics import group_cases
 from tests.numerics.triton_cases import Case, compare
 
 pytestmark = pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed (pip install triton)")
@@ -37,7 +38,10 @@ BOTH = ("encode_with_sums", "backward_with_codes")
 
 
 def _compare_all() -> None:
+    from sbs import triton_groups
     from sbs import triton_kernels as made
+
+    group_cases.compare(triton_groups, group_cases.SMALL, "cpu")
 
     # bfloat16 is truncated by the interpreter: gradients differ in their last bit
     low = {"dx_rtol": 2**-7}
@@ -48,6 +52,7 @@ def _compare_all() -> None:
         compare(made, Case(form, EVEN, torch.bfloat16), "cpu", names=BOTH, **low)
         compare(made, Case(form._replace(grid=(15,)), (90, 45, 1), torch.float16), "cpu")
     compare(made, Case(Form(True, GateMode.NONE, (3, 15)), ODD, torch.float32, torch.bfloat16), "cpu", **low)
+    compare(made, Case(Form(True, GateMode.NONE, (3, 15)), ODD, torch.float32), "cpu", names=("backward",))
     compare(made, Case(Form(False, GateMode.STATISTICS, (3, 15)), (90, 45, 1), torch.float16), "cpu")
     compare(made, Case(Form(False, GateMode.AFTER, (3, 15)), (5, 16, 1), torch.float64), "cpu")
 
@@ -183,6 +188,22 @@ def test_compiled_kernels_read_and_write_all_once_in_vectors_of_16_bytes(made, k
         # rounded before it is added to: only where `tl.fma` stands is it not
         assert "mul.f32" not in loop
         assert "add.f32" not in loop
+
+
+def test_compiled_kernels_of_all_weights_keep_to_registers(made):
+    from sbs import triton_groups
+
+    given = group_cases.weights(group_cases.SMALL, "cpu")
+    vector = torch.ones(len(given))
+    for own in ([()] * len(given), group_cases.masks(given)):
+        triton_groups.moments(given, own)
+        triton_groups.statistics(given, vector, vector, group_cases.GRID, own)
+    triton_groups.encode(given, vector, vector, vector, torch.bfloat16)
+    compiled = [each for each in made if isinstance(each, Made)]
+    assert {each.name for each in compiled} == {"moments", "add_moments", "residuals", "add_residuals", "encode"}
+    for each in compiled:
+        assert each.local_bytes == 0, each.name
+        assert each.registers <= 96, each.name
 
 
 def test_a_kernel_is_compiled_once_for_layers_of_any_size(made):

@@ -49,11 +49,12 @@ class Case:
         """Arguments of every kernel behind operand and form."""
         low = self.low or self.dtype
         gradients = self.gradients(device)
+        spread = (torch.tensor(0.7, device=device, dtype=self.wide),) if self.form.signed else ()
         sums: dict[str, tuple[Any, ...]] = {"encode_with_sums": (low,), "residual_sums": ()}
         return {
             "encode": (torch.uint8 if not self.form.signed else low,),
             "encode_with_check": (low,),
-            "backward": gradients,
+            "backward": (*gradients, *spread),
             "backward_with_codes": gradients,
             **(sums if len(self.form.grid) > 1 else {}),
         }

@@ -191,10 +191,11 @@ class QuantizedLayer(nn.Module):
         if masks and masks[0].device.type == "cpu":
             whole = whole_mask(masks).clone()
             masks = () if bool(whole.all()) else (whole,)
-            if len(masks) == len(self.kept) and all(map(torch.equal, masks, self.kept)):
+            if len(masks) == len(self.kept) and all(map(_same, masks, self.kept)):
                 return False
+        changed = bool(masks or self.kept)
         self.kept = masks
-        return True
+        return changed
 
     def kept_weight(self) -> Tensor:
         """The weight's kept entries, flat: those that the compressed layer will hold. Looks at the masks."""
@@ -313,6 +314,11 @@ class QuantLinear(nn.Linear, QuantizedLayer):
     def forward(self, x: Tensor) -> Tensor:
         """(N, F) -> (N, O)."""
         return self.apply_quantized(x, LINEAR)
+
+
+def _same(mask: Tensor, other: Tensor) -> bool:
+    """Whether they are equal, and on one device: a network may have moved."""
+    return mask.device == other.device and torch.equal(mask, other)
 
 
 @torch.no_grad()

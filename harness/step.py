@@ -15,7 +15,7 @@ import sbs
 from harness.arithmetic import autocast
 from harness.checkpoint import State
 from harness.config import Recipe, TrainConfig
-from harness.graphed import graphed
+from harness.graphed import PlainStep, graphed
 from harness.metrics import score_sums
 from harness.optim import averaged, build_optimizer, lr_factor, set_lr
 from harness.pressure import Pressure
@@ -70,10 +70,12 @@ class Stepper:
             # Quantised layers compile kernels of their own; a graph around them would be compiled anew as gates move.
             # One graph for each image size of a schedule: a graph for any size would be slower at all of them.
             self._forward = torch.compile(self._forward, dynamic=False)
-        self._number = self._steps = 0
+        self._number, self._steps, self._loss_scale = 0, 0, 1.0
         learned = [parameter for parameter in job.net.parameters() if parameter.requires_grad]
-        is_search = job.pressure is not None
-        self._gradients = graphed(self._compute, learned, recipe.run, ranks, job.stage, is_search=is_search)
+        plain = PlainStep(self._compute, self._after_step, captures_after=job.pressure is not None)
+        turns = "search.bop_gradient = 'alternate' changes from step to step what is computed"
+        stage_obstacle = turns if job.pressure is not None and recipe.search.bop_gradient == "alternate" else None
+        self._work = graphed(plain, learned, recipe.run, ranks, job.stage, stage_obstacle=stage_obstacle)
 
     @property
     def lr(self) -> float:
@@ -100,7 +102,7 @@ class Stepper:
         seed_step(self._run.seed, self._ranks.rank, self.job.start_step + number)
         set_lr(self._optimizer, lr_factor(self.job.config, number, steps_per_epoch))
         self._number, self._steps = number, self.job.config.epochs * steps_per_epoch
-        sums, losses = self._gradients(images, labels)
+        sums, losses = self._work(images, labels)
         self._update(number)
         return sums, losses
 
@@ -148,15 +150,18 @@ class Stepper:
         self._scaler.unscale_(self._optimizer)
         if self.job.config.clip_norm is not None:
             nn.utils.clip_grad_norm_(net.parameters(), self.job.config.clip_norm)
-        loss_scale = self._scaler.get_scale()  # without fp16 a constant, which no device is asked for
+        self._loss_scale = self._scaler.get_scale()  # without fp16 a constant, which no device is asked for
         self._scaler.step(self._optimizer)
         self._scaler.update()
         self._optimizer.zero_grad(set_to_none=True)
-        sbs.after_step(net, self._steps, loss_scale=loss_scale)
+        self._work.finish()
         if self.job.pressure is not None:
             self.job.pressure.stepped(number)
         if self._ema is not None:
             self._ema.update_parameters(net)
+
+    def _after_step(self) -> None:
+        sbs.after_step(self.job.net, self._steps, loss_scale=self._loss_scale)
 
     # State --------------------------------------------------------------------------------------------------------
 

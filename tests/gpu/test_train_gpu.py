@@ -9,12 +9,15 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+import sbs
 from harness.arithmetic import arithmetic
 from harness.config import load_recipe, recipe_names
 from harness.data.device import DeviceFeed
 from harness.data.normalise import normalise, plain
 from harness.dry_run import dry_run
-from harness.graphed import GraphedGradients
+from harness.graphed import GraphedStep
+from harness.networks import full_precision, supernet
+from harness.pressure import pressure_of
 from harness.ranks import Ranks
 from harness.step import Job, Stepper
 from tests.unit.data.test_device import CAPACITY, content, host, table
@@ -80,10 +83,42 @@ def test_steps_by_a_graph_are_the_plain_ones_to_the_bit(stage: str, precision: s
     sizes, sets = [32] * 8 + [24] * 4, f"run.precision={precision}"
     theirs, _ = trained(stage, sizes, sets, "run.cuda_graph=false")
     ours, stepper = trained(stage, sizes, sets, "run.cuda_graph=true")
-    assert isinstance(stepper._gradients, GraphedGradients)
-    assert stepper._gradients._graph is not None, "the last step was a replay"
+    assert isinstance(stepper._work, GraphedStep)
+    assert stepper._work._graph is not None, "the last step was a replay"
     for a, b in zip(ours, theirs, strict=True):
         assert torch.equal(a, b) if isinstance(a, Tensor) else a == b
+
+
+def searched(cuda_graph: str) -> tuple[dict[str, Tensor], list[Tensor], Stepper]:
+    """A short search towards a budget, on which it lands: gates flip, and masks change."""
+    sets = ["run.gpus_per_worker=1", "run.workers=1", "run.precision=bf16", "search.budget=0.015"]
+    recipe, steps = load_recipe("digits_resnet20", [*sets, f"run.cuda_graph={cuda_graph}"]), 80
+    with arithmetic(recipe.run):
+        torch.manual_seed(0)
+        net = supernet(recipe, full_precision(recipe))
+        sbs.calibrate(net, [torch.randn(32, 3, 32, 32)])
+        net.to("cuda", memory_format=torch.channels_last).train()  # type: ignore[call-overload]
+        pressure = pressure_of(net, recipe, steps, alone(), lambda *_: None)
+        config = recipe.search.model_copy(update={"epochs": 1})
+        stepper = Stepper(Job("search", "key", net, config, 0, pressure), recipe, alone(), None)
+        figures = []
+        for number in range(steps):
+            sums, loss = stepper.step(*batch(number, 32), number, steps)
+            figures += [sums.clone(), loss.clone()]
+        return {key: value.clone() for key, value in net.state_dict().items()}, figures, stepper
+
+
+@pytest.mark.timeout(300)
+def test_a_search_by_graphs_is_the_plain_one_to_the_bit():
+    theirs, their_figures, _ = searched("false")
+    ours, figures, stepper = searched("true")
+    assert isinstance(stepper._work, GraphedStep)
+    assert stepper._work._after_graph is not None, "the last step was a replay"
+    assert sum(float(value.sum()) for key, value in ours.items() if key.endswith(".flips")) > 0
+    for a, b in zip(figures, their_figures, strict=True):
+        assert torch.equal(a, b)
+    for key, value in ours.items():
+        assert torch.equal(value, theirs[key]), key
 
 
 @pytest.mark.timeout(300)
@@ -91,7 +126,7 @@ def test_a_compiled_network_is_captured_too():
     sets = ["run.precision=bf16", "run.compile=true"]
     theirs, _ = trained("pretrain", [32] * 6, *sets, "run.cuda_graph=false")
     ours, stepper = trained("pretrain", [32] * 6, *sets, "run.cuda_graph=true")
-    assert stepper._gradients._graph is not None
+    assert stepper._work._graph is not None
     for a, b in zip(ours, theirs, strict=True):
         assert torch.equal(a, b) if isinstance(a, Tensor) else a == b
 

@@ -17,7 +17,7 @@ from sbs import gate_statistics
 from sbs.gates import PACE, GateBank
 from tests.numerics import networks
 
-SIZE, STEPS = 8, 12
+SIZE, STEPS, SEARCH = 8, 24, 30
 
 
 class Normed(nn.Module):
@@ -45,7 +45,7 @@ def _build(kind: str, dtype: torch.dtype) -> nn.Module:
 
 
 def _train(net: nn.Module, wrapped: nn.Module, batches: list[torch.Tensor], *, frozen_norms: bool) -> None:
-    """A whole search in a few steps, in which bits and channels move fast, so that a disagreement would show."""
+    """Most of a short search, in which bits and channels move fast, so that a disagreement would show."""
     groups = sbs.param_groups(net)
     rates = {"decay": 0.05, "no_decay": 0.05, "clips": 0.01}
     optimizer = torch.optim.SGD([{"params": p, "lr": rates[k]} for k, p in groups.items() if p], momentum=0.5)
@@ -59,7 +59,7 @@ def _train(net: nn.Module, wrapped: nn.Module, batches: list[torch.Tensor], *, f
         gradient = ("weights", "activations")[step % 2]
         (F.cross_entropy(wrapped(x), labels) + 3.0 * sbs.bop_penalty(net, gradient=gradient)).backward()
         optimizer.step()
-        sbs.after_step(net, steps=STEPS)
+        sbs.after_step(net, steps=SEARCH)
 
 
 def _state(net: nn.Module) -> dict[str, torch.Tensor]:
@@ -105,12 +105,15 @@ def _split_margin(statistic: float) -> float:
     return float(threshold)
 
 
+GATE = 1  # the step from 4 to 8 bits of the first layer, or a group of its channels
+
+
 def _last_bit(bank: str, what: str, rank: int) -> dict[str, torch.Tensor]:
     """One step without a batch in which the second rank's `what` differs in the last bit, at the edge of a flip."""
     net = _build("batch norm", torch.float32)
     with torch.no_grad():
         own = getattr(net, bank)
-        own.thresholds.view(-1)[0] = _split_margin(float(own.statistic.view(-1)[0]))
+        own.thresholds.view(-1)[GATE] = _split_margin(float(own.statistic.view(-1)[GATE]))
     if rank == 1 and what == "threshold":
         with torch.no_grad():
             own.thresholds.copy_(torch.nextafter(own.thresholds, torch.zeros(())))
@@ -125,7 +128,7 @@ def _last_bit(bank: str, what: str, rank: int) -> dict[str, torch.Tensor]:
             sbs.after_step(net)
     if rank == 0 or what == "threshold":
         sbs.after_step(net)
-    return {"first": own.open.view(-1)[0].clone()} | _state(net)
+    return {"gate": own.open.view(-1)[GATE].clone()} | _state(net)
 
 
 LAST_BITS = [
@@ -206,7 +209,7 @@ def test_ablations_train_on_two_ranks(ranks, name):
 def test_a_last_bit_that_differs_at_a_threshold_does_not_part_the_ranks(ranks, case):
     """As on two kinds of hardware: the first rank decides, here that the gate closes; alone the second would not."""
     first, second = (rank["last bits"][case] for rank in ranks)
-    assert first["first"] == 0
+    assert first["gate"] == 0
     for name, value in first.items():
         assert torch.equal(value, second[name]), name
 
@@ -217,8 +220,8 @@ def test_gates_cost_one_small_all_reduce_a_step(ranks):
     searched_layers, steps, channel_groups = 5, 2, (8 + 16) // 2
     assert len(sizes) == STEPS
     sums, gates = searched_layers * (steps + 1), 2 * searched_layers * steps + channel_groups
-    # dL/dg and three pressures; statistic, threshold, gate and two slopes of the first rank
-    assert set(sizes) == {sums + gates + 3 + 5 * gates}
+    # dL/dg and three pressures; of the first rank statistic, threshold and gate, and slope and scatter of both sides
+    assert set(sizes) == {sums + gates + 3 + 7 * gates}
 
 
 @pytest.mark.parametrize("kind", ["group norm", "frozen batch norm"])

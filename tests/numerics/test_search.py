@@ -13,7 +13,7 @@ from torch.nn import functional as F
 import sbs
 from tests.numerics import networks
 
-LAMBDAS = (0.0, 0.1, 0.3, 1.0, 3.0)
+LAMBDAS = (0.0, 0.03, 0.3, 1.0, 3.0)
 EPOCHS, BATCH = 5, 120
 
 
@@ -27,21 +27,19 @@ def digits() -> tuple[Tensor, Tensor]:
 
 def _epochs(net: nn.Module, data: tuple[Tensor, Tensor], count: int, penalty: float | None) -> None:
     groups = sbs.param_groups(net)
-    rates = {"decay": 0.05, "no_decay": 0.05, "clips": 0.005, "bit_thresholds": 0.3, "prune_thresholds": 0.3}
+    rates = {"decay": 0.05, "no_decay": 0.05, "clips": 0.005}
     optimizer = torch.optim.SGD([{"params": p, "lr": rates[k]} for k, p in groups.items() if p], momentum=0.9)
     order = torch.Generator().manual_seed(1)
     net.train()
-    step = 0
-    for _ in range(count):
-        for index in torch.randperm(len(data[0]), generator=order).split(BATCH):
-            optimizer.zero_grad()
-            loss = F.cross_entropy(net(data[0][index]), data[1][index])
-            if penalty is not None:
-                loss = loss + penalty * sbs.bop_penalty(net, gradient=("weights", "activations")[step % 2])
-            loss.backward()
-            optimizer.step()
-            sbs.after_step(net)
-            step += 1
+    batches = [index for _ in range(count) for index in torch.randperm(len(data[0]), generator=order).split(BATCH)]
+    for step, index in enumerate(batches):
+        optimizer.zero_grad()
+        loss = F.cross_entropy(net(data[0][index]), data[1][index])
+        if penalty is not None:
+            loss = loss + penalty * sbs.bop_penalty(net, gradient=("weights", "activations")[step % 2])
+        loss.backward()
+        optimizer.step()
+        sbs.after_step(net, steps=len(batches))
 
 
 def _top1(net: nn.Module, data: tuple[Tensor, Tensor]) -> float:
@@ -72,7 +70,7 @@ def frontier(digits) -> dict[float, tuple[sbs.Policy, float, float]]:
 def test_bops_fall_as_lambda_grows(frontier):
     bops = [frontier[penalty][1] for penalty in LAMBDAS]
     assert all(low >= high for low, high in itertools.pairwise(bops)), bops
-    assert bops[0] >= 1.5 * bops[-1]
+    assert bops[0] >= 4 * bops[-1]
     assert len(set(bops)) >= 3
 
 
@@ -83,11 +81,33 @@ def test_a_search_reaches_both_bits_and_pruning(frontier):
     assert any(layer.kept is not None for layer in layers)
 
 
-def test_without_pressure_the_network_is_large_and_still_knows_its_digits(frontier):
-    policy, _, top1 = frontier[0.0]
-    bits = [layer.weight_bits + layer.activation_bits for layer in policy.layers]
-    assert sum(bits) / len(bits) > 10
+def test_without_pressure_no_gate_moves_and_under_some_the_network_still_knows_its_digits(frontier):
+    policy, most, top1 = frontier[0.0]
+    assert {(layer.weight_bits, layer.activation_bits, layer.kept) for layer in policy.layers} == {(8, 8, None)}
     assert top1 > 90
+    _, bops, top1 = frontier[0.3]
+    assert bops < most / 3
+    assert top1 > 90
+
+
+def test_a_plain_loop_with_one_optimiser_and_one_rate_compresses(digits):
+    """Nothing to set but lambda and how many steps there are."""
+    torch.manual_seed(0)
+    net = sbs.prepare(networks.Residual(num_classes=10), sbs.SearchSpace(group_size=2), digits[0][:1])
+    sbs.calibrate(net, [digits[0][:240]])
+    optimizer = torch.optim.Adam(net.train().parameters(), lr=0.01)
+    batches = torch.randperm(len(digits[0])).split(60) * 4
+    for index in batches:
+        optimizer.zero_grad()
+        loss = F.cross_entropy(net(digits[0][index]), digits[1][index]) + 0.3 * sbs.bop_penalty(net)
+        loss.backward()
+        optimizer.step()
+        sbs.after_step(net, steps=len(batches))
+    policy = sbs.freeze(net)
+    small = sbs.compress(net, policy)
+    assert sbs.bops_of(net) == sbs.cost(networks.Residual(num_classes=10), (3, 8, 8), policy).bops
+    assert sbs.bops_of(net) < sbs.bops_range(net)[1] / 4
+    assert _top1(small, digits) > 90
 
 
 @pytest.mark.parametrize(
@@ -109,6 +129,5 @@ def test_ablations_by_switch_move_only_what_they_may(digits, space, bits, prunes
     end = sbs.freeze(net).layers
     assert ([(c.weight_bits, c.activation_bits) for c in end] != start) is bits
     assert any(c.kept for c in end) is prunes
-    groups = sbs.param_groups(net)
-    assert (sum(p.numel() for p in groups["bit_thresholds"]) > 0) is bits
-    assert (sum(p.numel() for p in groups["prune_thresholds"]) > 0) is prunes
+    moved = [bool(bank.flips.any()) for bank in net.banks()]
+    assert moved == [bits, bits, prunes]

@@ -17,7 +17,7 @@ from harness import graphed as module
 from harness import step as step_module
 from harness.config import RunConfig, load_recipe
 from harness.errors import UserError
-from harness.graphed import GraphedGradients, graphed, obstacle
+from harness.graphed import GraphedStep, PlainStep, graphed, obstacle
 from harness.ranks import Ranks
 from harness.step import Job, Stepper
 from sbs import integer
@@ -112,7 +112,7 @@ def train(monkeypatch: pytest.MonkeyPatch, net: nn.Module, cuda: Cuda | None, si
         monkeypatch.setattr(
             step_module,
             "graphed",
-            lambda compute, learned, *_, **__: GraphedGradients(compute, learned, CPU, must=False),
+            lambda step, learned, *_, **__: GraphedStep(step, learned, CPU, must=False),
         )
     config = recipe.finetune.model_copy(update={"ema_decay": 0.9, "clip_norm": 1.0, "accumulate": 2} | changes)
     net = net.to(memory_format=torch.channels_last).train()  # type: ignore[call-overload]
@@ -176,21 +176,20 @@ def test_auto_asks_for_nothing_true_insists_and_false_declines(
     caplog.set_level(logging.INFO)
     monkeypatch.setattr(module, "cuda", Cuda([]))
 
-    def compute(images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        return images, labels
+    step = PlainStep(lambda images, labels: (images, labels), lambda: None)
 
-    def made(setting: object, ranks: Ranks, *, is_search: bool = False, precision: str = "fp32") -> Any:
+    def made(setting: object, ranks: Ranks, *, obstacle: str | None = None, precision: str = "fp32") -> Any:
         run = RunConfig.model_validate({"cuda_graph": setting, "precision": precision})
-        return graphed(compute, [], run, ranks, "pretrain", is_search=is_search)
+        return graphed(step, [], run, ranks, "pretrain", stage_obstacle=obstacle)
 
-    assert isinstance(made("auto", GPU), GraphedGradients)
-    assert isinstance(made(True, GPU), GraphedGradients)
-    assert made(False, GPU) is compute
-    assert made("auto", ALONE) is compute
+    assert isinstance(made("auto", GPU), GraphedStep)
+    assert isinstance(made(True, GPU), GraphedStep)
+    assert made(False, GPU) is step
+    assert made("auto", ALONE) is step
     assert caplog.text == "", "on a CPU nobody expects one"
-    assert made("auto", GPU, precision="fp16") is compute
+    assert made("auto", GPU, precision="fp16") is step
     assert "pretrain: no CUDA graph: run.precision = 'fp16'" in caplog.text
-    assert made(True, GPU, is_search=True) is compute, "the other stages of the run have theirs"
-    assert "the gates of a search" in caplog.text
+    assert made(True, GPU, obstacle="its sides take turns") is step, "the other stages of the run have theirs"
+    assert "its sides take turns" in caplog.text
     with pytest.raises(UserError, match=r"run.cuda_graph = true cannot be: there is no GPU. .*'auto'"):
         made(True, ALONE)

@@ -105,7 +105,7 @@ SURFACE = {
     "calibrate": "net batches",
     "bop_penalty": "net gradient",
     "param_groups": "net",
-    "after_step": "net steps",
+    "after_step": "net steps *loss_scale",
     "freeze": "net",
     "compress": "net_or_model policy *example_input *calibration",
     "cost": "net_or_model input_shape policy convention",

@@ -14,6 +14,7 @@ from sbs.absorb import absorb, absorbable
 from sbs.errors import SbsError
 from sbs.gates import GateBank, selected
 from sbs.graph import NetworkGraph, analyze
+from sbs.joint import JointBank, joined
 from sbs.kernels import GateMode
 from sbs.layers import LayerContext, QuantizedLayer, check_own_weights, from_float, units
 from sbs.mac_table import MacTable
@@ -64,6 +65,7 @@ class SuperNet(nn.Module):
         self.coded = tuple(name for name in (*self.searched, *edges) if named[name].quantizes_weight)
         self._kept_version: tuple[int, int] | None = None
         self._left_moments: tuple[Snapshot, tuple[Tensor, Tensor]] | None = None
+        self._joint: list[JointBank | None] = [None]
         self._is_started = False
         self._passed = 0
         for side in ("weight", "activation"):
@@ -283,6 +285,12 @@ class SuperNet(nn.Module):
     def banks(self) -> tuple[GateBank, GateBank, GateBank]:
         """Gates of the weights' bits, of the activations' bits, and of the channel groups."""
         return self.weight_gates, self.activation_gates, self.channel_gates
+
+    def joint_bank(self) -> JointBank:
+        """The banks as one: what is written to it is written to them."""
+        joint = joined(self.banks(), self._joint[0])
+        self._joint = [joint]  # in a list, for it is no part of the network
+        return joint
 
     def coded_layers(self) -> list[QuantizedLayer]:
         """The layers whose weights are quantised: those that are searched, in the order of their rows, then others."""

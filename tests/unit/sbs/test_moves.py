@@ -51,7 +51,7 @@ def test_masks_that_lie_elsewhere_are_replaced_and_those_that_are_equal_stay():
     layer.kept = (torch.ones(2, 1, device="meta"),)
     mask = torch.tensor([[1.0], [0.0]])
     assert layer.keep((mask,))
-    assert torch.equal(layer.kept[0], mask)
+    assert torch.equal(*layer.kept, mask)
     assert not layer.keep((mask.clone(),))
     assert layer.keep((torch.ones(2, 1),))
     assert layer.kept == ()

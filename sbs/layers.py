@@ -314,11 +314,6 @@ class QuantLinear(nn.Linear, QuantizedLayer):
         return self.apply_quantized(x, LINEAR)
 
 
-def _same(mask: Tensor, other: Tensor) -> bool:
-    """Whether they are equal, and on one device: a network may have moved."""
-    return mask.device == other.device and torch.equal(mask, other)
-
-
 @torch.no_grad()
 def units(
     layers: Sequence[QuantizedLayer], weights: Sequence[WeightCodes], steps: Tensor

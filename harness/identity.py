@@ -37,6 +37,8 @@ def identity(recipe: Recipe, data_checksum: str) -> dict[str, Any]:
         ignored = {"sbs_prune": _QUANT_KEYS, "sbs_quant": _PRUNE_KEYS | {"prune_only_bits"}, "sbs": {"prune_only_bits"}}
         tree["search"] = {k: v for k, v in tree["search"].items() if k not in ignored.get(method, set())}
         tree["search"] = _named_drive(tree["search"])
+    if recipe.pretrain.ema_decay is not None:  # batch norms of averaged weights are estimated anew
+        tree["pretrain"]["norm_batches"] = recipe.search.norm_batches
     tree["run"] = {k: v for k, v in tree["run"].items() if k not in _NEUTRAL_RUN_KEYS}
     tree["data"] = {k: v for k, v in tree["data"].items() if k not in _NEUTRAL_DATA_KEYS} | {"checksum": data_checksum}
     tree["model"]["weights"] = _digest_of_file(recipe.model.weights, "model.weights", _WEIGHTS_REMEDY)
@@ -71,7 +73,7 @@ def trial_label(recipe: Recipe) -> str:
     """A short name for people and folders, e.g. `resnet20-sbs-lambda0.3-seed0`."""
     method = recipe.search.method
     drive = f"-{drive_label(recipe.search)}" if searches(method) else ""
-    if recipe.search.policy is not None:
+    if method == "policy":
         drive = f"-{str(policy_digest(recipe.search))[:6]}"
     return f"{recipe.model.name}-{method}{drive}-seed{recipe.run.seed}"
 

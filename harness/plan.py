@@ -5,6 +5,8 @@ from harness.identity import digest, identity
 
 # A gate that is tried and taken back flips twice.
 _MOST_FLIPS_PER_GATE = 3.0
+# However few steps a search has, a gate moves once it has been looked at for 16 of them (`sbs.gates.Pace`).
+_STEPS_TO_JUDGE = 16
 _WIDE_GAP_POINTS = 10.0
 
 
@@ -50,6 +52,11 @@ def stage_key(recipe: Recipe, stage: str, data_checksum: str, init: str | None =
 def remark_on_gates(search: SearchConfig, step: int, steps: int, figures: dict[str, float]) -> str | None:
     """A warning, with its cause, of a search whose gates do not do what they should."""
     if not figures["gates/flips"] and search.lambda_ != 0 and 2 * step >= steps:
+        if step <= _STEPS_TO_JUDGE:
+            return (
+                f"no gate can have moved after {step} of {steps} steps: each is looked at for {_STEPS_TO_JUDGE} steps "
+                "first; raise the epochs"
+            )
         drive = "the epochs" if search.lambda_ is None else f"search.lambda (now {search.lambda_:g})"
         return (
             f"no gate has moved after {step} of {steps} steps: the loss gains more by every gate than the pressure on "

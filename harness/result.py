@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 import sbs
+from harness.config import searches
 from harness.metrics import Scores
 from harness.networks import example_input
 from harness.settings import RESULT_SCHEMA
@@ -44,7 +45,7 @@ def build_result(
         "data": recipe.data.source,
         "seed": recipe.run.seed,
         "method": recipe.search.method,
-        "lambda": recipe.search.lambda_,
+        "lambda": recipe.search.lambda_ if searches(recipe.search.method) else None,
         "top1": scores.top1,
         "top5": scores.top5,
         "loss": scores.loss,

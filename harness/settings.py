@@ -20,9 +20,9 @@ LEAVE_SIGNALS = (signal.SIGTERM, signal.SIGUSR2)
 
 RESULT_SCHEMA = 1
 # Part of every trial's identity: raise it when a change of the stages changes their results.
-STAGE_FORMAT = 1
+STAGE_FORMAT = 2
 # Raise it when old checkpoints can no longer be read.
-CHECKPOINT_FORMAT = 1
+CHECKPOINT_FORMAT = 2
 
 DEFAULT_RUNS_DIR = "runs"
 # Where a tracking store keeps runs that belong to no sweep.

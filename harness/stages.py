@@ -230,7 +230,7 @@ class _Trial:
             net = self._to_device(sbs.compress(searched, policy))
             if before.policy is not None:
                 policy = merged(before.policy, policy)
-            self._estimate_norms(net)
+            self._estimate_norms(self.recipe.search.epochs, net)
         scores = self.context.evaluate(net)
         seq = self.context.record("metrics", 0, before.step, scores.named("compress"))
         timings = before.timings_s | {"compress": time.monotonic() - begin_s}
@@ -278,6 +278,7 @@ class _Trial:
             prepare()
         calibration_s = time.monotonic() - begin_s
         teacher = self._teacher() if config.distill else None
+        estimate_norms = partial(self._estimate_norms, config.epochs)
         job = Job(
             stage,
             key,
@@ -288,13 +289,13 @@ class _Trial:
             teacher,
             telemetry,
             before.policy,
-            self._estimate_norms,
+            estimate_norms,
             remark,
         )
         loop = StageLoop(job, self.context, state, calibration_s)
         loop.run()
         if stage == "finetune":
-            self._estimate_norms(loop.stepper.weights())
+            estimate_norms(loop.stepper.weights())
         snapshots = {} if pressure is None else pressure.finish()
         seq = 0 if self.context.log is None else self.context.log.last_seq
         weights = to_cpu(loop.stepper.weights().state_dict())
@@ -329,16 +330,15 @@ class _Trial:
         with autocast(self.recipe.run, self.ranks.device):
             sbs.calibrate(net, batches)
 
-    def _estimate_norms(self, net: nn.Module) -> None:
-        """Batch norms anew, from this rank's share of the first training batches of the search's last epoch."""
-        search = self.recipe.search
-        if not search.norm_batches:
+    def _estimate_norms(self, epochs: int, net: nn.Module) -> None:
+        """Batch norms anew, from this rank's share of the first training batches of the last of a stage's `epochs`."""
+        count = self.recipe.search.norm_batches
+        if not count:
             return
         self.context.beat("estimating batch norms")
-        loader = self.context.train_loader(search.epochs)
-        batches = loader.epoch(max(0, search.epochs - 1))  # whose images are the largest of a schedule
+        batches = self.context.train_loader(epochs).epoch(max(0, epochs - 1))  # the largest images of a schedule
         with autocast(self.recipe.run, self.ranks.device):
-            sbs.estimate_norms(net, (images for images, _ in islice(batches, search.norm_batches)))
+            sbs.estimate_norms(net, (images for images, _ in islice(batches, count)))
 
     def _to_device(self, net: nn.Module) -> nn.Module:
         if self.recipe.run.sync_batchnorm and self.ranks.world > 1:

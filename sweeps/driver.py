@@ -83,6 +83,7 @@ def prepare(space: Space, base: Recipe, runs_dir: Path) -> Sweep:
     if nodes is not None:
         sweep.at_once(nodes)
     check_budgets(sweep.planner, sweep.plan)
+    check_policies(sweep.plan)
     return sweep
 
 
@@ -98,6 +99,20 @@ def check_budgets(planner: Planner, plan: Plan) -> None:
 
         for recipe in steered.values():
             pressure.check_budgets(recipe)
+
+
+def check_policies(plan: Plan) -> None:
+    """Raise `UserError` for a file of a policy that is none, or is one of another network.
+
+    Loads torch where there are policies, for the reason of `check_budgets`.
+    """
+    recipes = [spec.recipe for spec in plan.trials if spec.recipe.search.policy is not None]
+    different = {(recipe.model, recipe.data.image_size, recipe.search.policy): recipe for recipe in recipes}
+    if different:
+        from harness.networks import full_precision, given_policy
+
+        for recipe in different.values():
+            given_policy(recipe, full_precision(recipe))
 
 
 def _reach_key(recipe: Recipe) -> tuple[object, ...]:

@@ -54,6 +54,7 @@ def outlook(space: Space, base: Recipe, runs_dir: Path) -> Outlook:
             remarks.append(f"cannot start here: {error}")
     try:
         driver.check_budgets(planner, plan)
+        driver.check_policies(plan)
     except UserError as error:
         remarks.append(f"cannot start: {error}")
     return Outlook(plan, identities, at_once, tuple(remarks))

@@ -22,7 +22,8 @@ class Row:
     """One finished trial: `top1`, `top5` in percent, `gbops` in 1e9 bit-operations, `pruned_share` of channels, 0 to 1.
 
     `trial` is the trial's identity (the MLflow tag `harness.key`), `point` the same without the seed; `data` names the
-    data set: rows of different data sets are never compared. `target`: the budget that a search without lambda had.
+    data set: rows of different data sets are never compared. `target`: the budget that a search without lambda had, or
+    the policy that was given.
     """
 
     experiment: str
@@ -71,7 +72,7 @@ class Row:
 
     @property
     def drive(self) -> str:
-        """What drove the search, as tables show it: lambda, or the budget it had; empty without a search."""
+        """As tables show it: the lambda or the budget of a search, or the policy that was given; else empty."""
         return self.target if self.lambda_ is None else f"{self.lambda_:g}"
 
     @property

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from harness.config import Recipe, TrialSpec, searches
+from harness.config import DRIVES, Recipe, TrialSpec, searches
 from harness.identity import trial_key, trial_label
 from harness.plan import chosen_budget
 from harness.run_dir import RunDir, read_json
@@ -102,7 +102,7 @@ class Planner:
 
     def full_precision(self, recipe: Recipe) -> TrialSpec:
         """The trial whose weights a trial of `recipe` starts from."""
-        search = recipe.search.model_copy(update={"method": "full_precision"} | NO_DRIVE)
+        search = recipe.search.model_copy(update={"method": "full_precision", "policy": None} | NO_DRIVE)
         return self._spec(recipe.model_copy(update={"search": search}), {}, init=None)
 
     def _recipes(self, points: Iterable[Point]) -> Iterator[tuple[Recipe, Point]]:
@@ -138,10 +138,12 @@ def _for_all_snapshots(recipe: Recipe) -> Recipe:
 def with_absolute_paths(recipe: Recipe) -> Recipe:
     """The same recipe for processes that start in other folders."""
     data = recipe.data.model_copy(update={"dir": str(Path(recipe.data.dir).resolve())})
-    model = recipe.model
+    model, search = recipe.model, recipe.search
     if model.weights is not None:
         model = model.model_copy(update={"weights": str(Path(model.weights).resolve())})
-    return recipe.model_copy(update={"data": data, "model": model})
+    if search.policy is not None:
+        search = search.model_copy(update={"policy": str(Path(search.policy).resolve())})
+    return recipe.model_copy(update={"data": data, "model": model, "search": search})
 
 
 def finished(specs: Iterable[TrialSpec]) -> list[TrialSpec]:
@@ -164,8 +166,8 @@ def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def _suffix(point: Mapping[str, Any]) -> str:
-    """What a label adds so that people can tell points apart: axes other than the model and what drives the search."""
-    named = {"search.lambda", "search.budget", "search.gbops", "search.snapshots", "model.name", "model.num_classes"}
+    """What a label adds so that people can tell points apart: axes other than those that every label names."""
+    named = {"search.policy", "model.name", "model.num_classes"}.union(*DRIVES)
     parts = [f"{key.rpartition('.')[2]}{_compact(value)}" for key, value in point.items() if key not in named]
     return "".join(f"-{part}" for part in parts)
 

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 MARKERS = {
     "full_precision": "*", "sbs": "o", "sbs_prune": "v", "sbs_quant": "^", "uniform_2": "s", "uniform_4": "s",
-    "uniform_8": "s", "prune_then_quant": "D",
+    "uniform_8": "s", "prune_then_quant": "D", "policy": "p",
 }  # fmt: skip
 MOST_LABELS = 60
 """Points of one model beyond which names would only hide each other."""

@@ -33,9 +33,9 @@ def record(frontier: Frontier, row: Row) -> dict[str, Any]:
 
 
 def headers(frontier: Frontier, names: Sequence[str] = HEADERS) -> list[str]:
-    """The names of a table's columns for people; where searches had budgets, the column of lambda says so."""
-    drive = "lambda or budget" if any(row.target for row in frontier.rows) else "lambda"
-    return [drive if name == "lambda" else name for name in names]
+    """The names of a table's columns for people; where rows had budgets or policies, the column of lambda says so."""
+    given = {"policy" if row.method == "policy" else "budget" for row in frontier.rows if row.target}
+    return [" or ".join(["lambda", *sorted(given)]) if name == "lambda" else name for name in names]
 
 
 def cells(frontier: Frontier, row: Row) -> list[str]:

@@ -205,6 +205,8 @@ def base_recipe(space: Space, overrides: Sequence[str] = ()) -> Recipe:
     _check_one_drive(space, keys)
     given = {key: value for key, value in space.set.items() if not _other_drive(key, keys)}
     settings = [f"{key}={json.dumps(value)}" for key, value in given.items()]
+    if "policy" in space.methods and "search.policy" in {*given, *keys}:
+        settings.append("search.method=policy")
     try:
         base = load_recipe(space.recipe, [*settings, *overrides])
     except UserError as error:
@@ -244,9 +246,14 @@ def _check_snapshots(space: Space) -> None:
 
 
 def recipe_at(base: Recipe, space: Space, point: Point, *, method: str, seed: int) -> Recipe:
-    """The recipe of one trial, validated. Raises `UserError` naming the point."""
+    """The recipe of one trial, validated; a policy goes to method `policy` alone.
+
+    Raises `UserError` naming the point.
+    """
     settings = {**point, "search.method": method, "run.seed": seed}
     where = ", ".join(f"{key} = {value!r}" for key, value in settings.items())
+    if method != "policy":
+        settings["search.policy"] = None
     overrides = [f"{key}={json.dumps(value)}" for key, value in settings.items()]
     return parse_recipe(base.to_dict(), f"{space.origin}, point ({where})", overrides)
 

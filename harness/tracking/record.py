@@ -115,7 +115,13 @@ def method_uses_lambda(config: Mapping[str, Any]) -> bool:
 
 
 def target(method: str, search: Mapping[str, Any]) -> str:
-    """What a search with a budget aims at, for people: `budget 0.05`, `snapshot 0.05`, `35 GBOPs`; else nothing."""
+    """What tells trials without lambda apart: `budget 0.05`, `snapshot 0.05`, `35 GBOPs`, `policy mine`; else nothing.
+
+    A policy has the name of its file, or of the trial's folder that holds its policy.json.
+    """
+    if method == "policy":
+        path = Path(search["policy"])
+        return f"policy {(path.name == 'policy.json' and path.parent.name) or path.stem}"
     if not searches(method) or search.get("lambda") is not None:
         return ""
     if search.get("gbops") is not None:

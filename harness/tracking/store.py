@@ -265,8 +265,9 @@ def _summary(run: Any) -> dict[str, Any]:
 
 
 def _search_section(params: Mapping[str, str]) -> dict[str, Any]:
-    """What drives a search, back from its parameters as text."""
+    """What drives a search, or the policy that was given, back from its parameters as text."""
     text = {key: params.get(f"search.{key}") for key in ("budget", "gbops", "snapshots")} | {
         "lambda": params.get("lambda")
     }
-    return {key: json.loads(value) for key, value in text.items() if value is not None}
+    found = {key: json.loads(value) for key, value in text.items() if value is not None}
+    return found | {"policy": params.get("search.policy")}

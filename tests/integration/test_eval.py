@@ -75,15 +75,16 @@ def test_an_unfinished_run_is_judged_by_its_newest_checkpoint(
     tmp_path: Path, run: RunDir, figures: Callable[..., dict[str, Any]]
 ):
     data = Path(json.loads(run.config_path.read_text())["data"]["dir"])
-    spec = tiny.spec(data, tmp_path, "run.checkpoint_every_steps=6")
-    assert disturbed(spec, "step:31").returncode == -9  # the checkpoint after step 30 holds one finetuned epoch
+    spec = tiny.spec(data, tmp_path, "run.checkpoint_every_steps=null")
+    # evaluations: 2 of the pretraining, 4 of the search, 1 behind it, then that of the first finetuned epoch
+    assert disturbed(spec, "term-eval:8").returncode == 85
     found = figures(tmp_path)
-    assert found["file"].endswith("checkpoints/finetune-00000030.pt")
+    assert found["file"].endswith("checkpoints/finetune-00000042.pt")
     epochs = [r["metrics"] for r in run.metrics() if r["stage"] == "finetune" and r["kind"] == "metrics"]
     assert found["loss"] == pytest.approx(epochs[0]["finetune/val_loss"], rel=1e-12)
 
     # The same as two ranks leave it: rank 0's batch-norm statistics beside the weights, all ranks' in a list.
-    path = tmp_path / "checkpoints" / "finetune-00000030.pt"
+    path = tmp_path / "checkpoints" / "finetune-00000042.pt"
     state = torch.load(path, weights_only=True)
     (own,) = state["norms"][-1]
     apart = 0.3 * own.abs()

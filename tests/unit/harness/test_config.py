@@ -17,6 +17,7 @@ from harness.config import (
 )
 from harness.errors import UserError
 from harness.identity import identity, trial_key, trial_label
+from harness.plan import stage_key
 
 
 def digits(*overrides: str):
@@ -36,7 +37,7 @@ def test_overrides_are_typed_as_toml():
     [
         (
             "search.lamda=0.1",
-            ["recipe digits_resnet20", "`search.lamda`", "did you mean 'lambda'", "prune_threshold_lr"],
+            ["recipe digits_resnet20", "`search.lamda`", "did you mean 'lambda'", "max_prune_share"],
         ),
         ("serch.lambda=0.1", ["`serch`", "did you mean 'search'"]),
         ("search.epochs=many", ["`search.epochs`", "'many'", "integer"]),
@@ -49,6 +50,9 @@ def test_overrides_are_typed_as_toml():
         ("run.gpus_per_worker=0.5", ["gpus_per_worker = 0.5", "workers = 2", "NCCL refuses", "gpus_per_worker = 1"]),
         ("run.gpus_per_worker=1.5", ["gpus_per_worker = 1.5", "no whole number", "set it to 1"]),
         ("search.lambda=null", ["`search`", "`lambda` is missing", "'sbs'"]),
+        ("search.norm_batches=-1", ["`search.norm_batches` = -1", "greater than or equal to 0"]),
+        ("search.method=policy", ["`policy` and `method = 'policy'` go together", "policy = 'policy.json'"]),
+        ("search.policy=mine.json", ["`policy` and `method = 'policy'` go together", "choose another method"]),
         ("lambda", ["section.key=value"]),
         ("model.name.deep=1", ["'name' is a value"]),
     ],
@@ -58,6 +62,25 @@ def test_a_mistake_names_file_key_value_and_remedy(override: str, words: list[st
         digits(override)
     for word in words:
         assert word in str(caught.value)
+
+
+@pytest.mark.parametrize("key", ["bit_threshold_lr", "prune_threshold_lr"])
+def test_rates_of_thresholds_are_refused_wherever_they_stand(key: str, tmp_path: Path):
+    """A recipe from before that were read on without a word would search at another pace than it says."""
+    words = [f"`search.{key}` = 20.0 is gone: remove it", "a pace of their own", "docs/method.md"]
+    file = tmp_path / "old.toml"
+    file.write_text(
+        Path("harness/recipes/digits_resnet20.toml").read_text().replace("lambda =", f"{key} = 20.0\nlambda =")
+    )
+    for read, origin in (
+        (lambda: digits(f"search.{key}=20.0"), "recipe digits_resnet20: "),
+        (lambda: load_recipe(file), f"{file}: "),
+    ):
+        with pytest.raises(UserError) as caught:
+            read()
+        assert str(caught.value).startswith(origin)
+        for word in words:
+            assert word in str(caught.value)
 
 
 def test_a_rank_alone_may_have_a_part_of_a_gpu():
@@ -95,7 +118,8 @@ def test_identity_leaves_out_what_cannot_change_the_result():
     [
         ("full_precision", ["search.lambda=9", "search.epochs=9", "finetune.epochs=9"], ["pretrain.epochs=9"]),
         ("uniform_4", ["search.lambda=9", "search.group_size=2"], ["search.epochs=9", "finetune.epochs=9"]),
-        ("uniform_8", ["search.lr=9"], ["search.calibration_batches=2"]),
+        ("uniform_8", ["search.lr=9"], ["search.calibration_batches=2", "search.norm_batches=2"]),
+        ("sbs", ["search.prune_only_bits=8"], ["search.norm_batches=2", "search.bop_gradient=alternate"]),
         ("sbs_quant", ["search.group_size=2", "search.max_prune_share=0.1"], ["search.weight_bits=[4,8]"]),
         ("sbs_prune", ["search.weight_bits=[4,8]"], ["search.group_size=2", "search.prune_only_bits=8"]),
     ],
@@ -209,6 +233,43 @@ def test_identity_tells_drives_apart_and_leaves_idle_ones_out():
 )
 def test_labels_name_what_drives_the_search(overrides: list[str], label: str):
     assert trial_label(digits(*overrides)) == label
+
+
+def with_policy(path: Path, *overrides: str) -> Recipe:
+    return digits("search.method=policy", f"search.policy={path}", *overrides)
+
+
+def test_a_policy_counts_by_content_and_not_by_its_path(tmp_path: Path):
+    first, second = tmp_path / "a.json", tmp_path / "elsewhere.json"
+    for file in (first, second):
+        file.write_text("one policy")
+    key, label = trial_key(with_policy(first), "data"), trial_label(with_policy(first))
+    assert (trial_key(with_policy(second), "data"), trial_label(with_policy(second))) == (key, label)
+    # the start of the text's SHA-256, as sha256sum gives it
+    assert label == "resnet20-policy-b2b72e-seed0"
+    second.write_text("another policy")
+    assert trial_key(with_policy(second), "data") != key
+    assert trial_label(with_policy(second)) != label
+    for ignored in ("search.lambda=9", "search.lr=9", "search.group_size=2"):
+        assert trial_key(with_policy(first, ignored), "data") == key
+    for minded in ("search.epochs=9", "search.norm_batches=0", "finetune.epochs=9"):
+        assert trial_key(with_policy(first, minded), "data") != key
+    first.unlink()
+    with pytest.raises(UserError, match=rf"search\.policy not found: {first}\. Give the policy\.json of a trial"):
+        trial_key(with_policy(first), "data")
+
+
+def test_batches_for_norms_count_in_a_pretraining_with_averaged_weights():
+    for method in ("full_precision", "sbs"):
+        few, many = (
+            digits(f"search.method={method}", f"search.norm_batches={count}", "pretrain.ema_decay=0.9")
+            for count in (4, 8)
+        )
+        assert stage_key(few, "pretrain", "data") != stage_key(many, "pretrain", "data")
+        assert trial_key(few, "data") != trial_key(many, "data")
+    few, many = (digits(f"search.norm_batches={count}", "search.method=full_precision") for count in (4, 8))
+    assert stage_key(few, "pretrain", "data") == stage_key(many, "pretrain", "data")
+    assert trial_key(few, "data") == trial_key(many, "data")
 
 
 def test_weights_count_by_content(tmp_path: Path):

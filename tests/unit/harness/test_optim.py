@@ -27,12 +27,13 @@ def test_every_trainable_parameter_is_in_one_group_and_only_weights_decay():
     assert all(p.dim() > 1 for p in groups["decay"]["params"])
 
 
-def test_thresholds_and_clips_have_learning_rates_of_their_own_that_do_not_scale():
-    search = load_recipe("digits_resnet20").search.model_copy(
-        update={"lr": 0.1, "lr_batch_size": 32, "clip_lr": 0.02, "bit_threshold_lr": 3.0, "prune_threshold_lr": 5.0}
-    )
-    rates = {g["name"]: g["lr"] for g in build_optimizer(supernet(), search, 64).param_groups}
-    assert rates == {"decay": 0.2, "no_decay": 0.2, "clips": 0.02, "bit_thresholds": 3.0, "prune_thresholds": 5.0}
+def test_clips_have_a_learning_rate_of_their_own_that_does_not_scale_and_thresholds_have_none():
+    search = load_recipe("digits_resnet20").search.model_copy(update={"lr": 0.1, "lr_batch_size": 32, "clip_lr": 0.02})
+    net = supernet()
+    groups = build_optimizer(net, search, 64).param_groups
+    assert {g["name"]: g["lr"] for g in groups} == {"decay": 0.2, "no_decay": 0.2, "clips": 0.02}
+    moved = {p.data_ptr() for g in groups for p in g["params"]}
+    assert not moved & {bank.thresholds.data_ptr() for bank in net.banks()}
 
 
 def test_clips_follow_the_weights_unless_told_otherwise():

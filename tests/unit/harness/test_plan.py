@@ -1,7 +1,8 @@
 import pytest
 
 from harness.config import load_recipe
-from harness.plan import budgets, chosen_budget, idle_gates, plan, stage_config, stage_key, takes_budget
+from harness.plan import budgets, chosen_budget, plan, remark_on_gates, stage_config, stage_key, takes_budget
+from sbs.gates import PACE
 
 
 def recipe(*overrides: str):
@@ -14,11 +15,14 @@ def recipe(*overrides: str):
         ("full_precision", {"pretrain": 8}),
         ("sbs", {"pretrain": 8, "search": 5, "compress": None, "finetune": 4}),
         ("uniform_2", {"pretrain": 8, "compress": None, "finetune": 9}),
+        ("policy", {"pretrain": 8, "compress": None, "finetune": 9}),
         ("prune_then_quant", {"pretrain": 8, "prune": 2, "search": 3, "compress": None, "finetune": 4}),
     ],
 )
 def test_every_method_gets_the_same_epochs_after_pretraining(method: str, epochs: dict[str, int | None]):
-    made = recipe(f"search.method={method}", "search.epochs=5")
+    """5 of the search and 4 of the finetune."""
+    policy = ["search.policy=mine.json"] if method == "policy" else []
+    made = recipe(f"search.method={method}", "search.epochs=5", *policy)
     configs = {stage: stage_config(made, stage) for stage in plan(made)}
     assert {stage: config and config.epochs for stage, config in configs.items()} == epochs
 
@@ -52,22 +56,63 @@ def test_methods_share_their_pretraining():
     assert len(keys) == 1
 
 
-def test_a_search_whose_gates_stand_still_is_remarked_upon():
+CALM = {
+    "gates/flips": 40.0,
+    "gates/flips_per_gate": 0.2,
+    "search/train_top1": 60.0,
+    "search/top1": 58.0,
+}
+
+
+def test_a_search_that_does_what_it_should_is_not_remarked_upon():
+    for step in (1, 10, 20):
+        assert remark_on_gates(recipe().search, step, 20, CALM) is None
+
+
+def test_a_search_whose_gates_stand_still_is_remarked_upon_from_its_middle_on():
+    still = CALM | {"gates/flips": 0.0, "gates/flips_per_gate": 0.0}
     search = recipe("search.lambda=0.2").search
-    still = {
-        "gates/flips": 0.0,
-        "gates/margin_weight": 0.8,
-        "gates/margin_activation": 0.25,
-        "gates/margin_channel": 0.5,
-    }
-    assert idle_gates(search, 9, 20, still) is None
-    text = idle_gates(search, 10, 20, still)
+    assert remark_on_gates(search, 49, 100, still) is None
+    text = remark_on_gates(search, 50, 100, still)
     assert text is not None
-    rates = "search.bit_threshold_lr / search.prune_threshold_lr (now 20 / 40)"
-    for words in ["after 10 of 20 steps", "margin 0.25", f"raise search.lambda (now 0.2) or {rates}"]:
+    for words in ["no gate has moved after 50 of 100 steps", "the loss gains more", "raise search.lambda (now 0.2)"]:
         assert words in text
-    assert idle_gates(search, 10, 20, still | {"gates/flips": 1.0}) is None
-    assert idle_gates(recipe("search.lambda=0").search, 10, 20, still) is None
+    assert remark_on_gates(search, 50, 100, still | {"gates/flips": 1.0}) is None
+    assert remark_on_gates(recipe("search.lambda=0").search, 50, 100, still) is None, "nothing presses, nothing moves"
+    budget = remark_on_gates(recipe("search.budget=0.03").search, 50, 100, still)
+    assert budget is not None
+    assert budget.endswith("raise the epochs"), "there is no lambda to raise"
+
+
+def test_a_search_too_short_for_its_gates_is_told_so():
+    """Lambda would not help: a gate is judged by two thirds of the least window, and may not move before."""
+    assert 2 / 3 * PACE.fewest == 16
+    still = CALM | {"gates/flips": 0.0, "gates/flips_per_gate": 0.0}
+    for search in (recipe("search.lambda=0.2").search, recipe("search.budget=0.03").search):
+        text = remark_on_gates(search, 12, 24, still)
+        assert text is not None
+        for words in ["after 12 of 24 steps", "looked at for 16 steps first", "raise the epochs"]:
+            assert words in text
+
+
+def test_gates_that_chatter_are_remarked_upon():
+    """Trying a gate and taking that back are two flips; three flips of every gate are more than that."""
+    search = recipe().search
+    assert remark_on_gates(search, 5, 20, CALM | {"gates/flips_per_gate": 3.0}) is None
+    text = remark_on_gates(search, 5, 20, CALM | {"gates/flips_per_gate": 3.25})
+    assert text is not None
+    for words in ["gates chatter: 3.2 flips per gate after 5 of 20 steps", "data.batch_size", "lower search.lr"]:
+        assert words in text
+
+
+def test_norms_of_other_networks_are_remarked_upon_where_nobody_estimates_them_anew():
+    search, apart = recipe("search.norm_batches=0").search, CALM | {"search/top1": 49.5}
+    text = remark_on_gates(search, 5, 20, apart)
+    assert text is not None
+    for words in ["validation is 10.5 points below training", "running statistics", "set search.norm_batches"]:
+        assert words in text
+    assert remark_on_gates(search, 5, 20, apart | {"search/top1": 50.0}) is None
+    assert remark_on_gates(recipe().search, 5, 20, apart) is None, "they are estimated anew: the gap has another cause"
 
 
 TWO = "search.snapshots=[0.05, 0.03]"

@@ -45,7 +45,7 @@ def test_nothing_but_masks_stays_behind(net):
         assert tensor.device.type == "meta", name
 
 
-def test_a_mask_that_lies_elsewhere_is_replaced():
+def test_masks_that_lie_elsewhere_are_replaced_and_those_that_are_equal_stay():
     """As after a network moved: what is on another device can be neither compared nor written."""
     layer = from_float(nn.Linear(4, 2), QuantSettings((8,), (8,), signed=False))
     layer.kept = (torch.ones(2, 1, device="meta"),)

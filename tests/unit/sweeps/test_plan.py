@@ -43,11 +43,11 @@ def test_every_seed_and_model_has_its_own_full_precision_network(tmp_path: Path)
 
 
 def test_labels_tell_other_axes_apart(tmp_path: Path):
-    axes = {"search.lambda": [0.1], "search.bit_threshold_lr": [0.01, 0.1], "search.weight_bits": [[2, 4]]}
+    axes = {"search.lambda": [0.1], "search.clip_lr": [0.01, 0.1], "search.weight_bits": [[2, 4]]}
     labels = [spec.label for spec in planner(tmp_path, axes=axes).plan().rest]
     assert labels == [
-        "resnet20-sbs-lambda0.1-seed0-bit_threshold_lr0.01-weight_bits2_4",
-        "resnet20-sbs-lambda0.1-seed0-bit_threshold_lr0.1-weight_bits2_4",
+        "resnet20-sbs-lambda0.1-seed0-clip_lr0.01-weight_bits2_4",
+        "resnet20-sbs-lambda0.1-seed0-clip_lr0.1-weight_bits2_4",
     ]
 
 

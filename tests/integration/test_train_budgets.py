@@ -19,8 +19,8 @@ pytestmark = [pytest.mark.ffcv, pytest.mark.integration]
 BUDGETS = (0.05, 0.03, 0.015)
 # MACs of ResNet-20 as in test_train_methods.py, at 32 x 32 bits
 FULL_BOPS = ((40_818_944 - 6_400) // 4 + 64 * 8) * 1024
-# 6 steps an epoch: pretrain 0-5, search 6-23, finetune 24-29
-EPOCHS = ("pretrain.epochs=1", "search.epochs=3", "finetune.epochs=1")
+# 6 steps an epoch: pretrain 0-5, search 6-29, finetune 30-35
+EPOCHS = ("pretrain.epochs=1", "search.epochs=4", "finetune.epochs=1")
 SNAPSHOTS = (*EPOCHS, "search.lambda=null", "search.snapshots=[0.05, 0.03, 0.015]")
 
 
@@ -80,11 +80,20 @@ def lands(result: dict[str, Any], budget: float) -> bool:
     ],
 )
 def test_a_search_lands_on_its_budget(data: Path, tmp_path: Path, overrides: list[str], budget: float):
-    result = stages.run(tiny.spec(data, tmp_path, *EPOCHS, "search.lambda=null", *overrides))
+    # of 60 steps, so that the gates rest from the end of the ninth epoch of ten
+    result = stages.run(tiny.spec(data, tmp_path, *EPOCHS, "search.lambda=null", "search.epochs=10", *overrides))
     assert lands(result, budget)
     assert result["lambda"] is None
-    epochs = [r["metrics"] for r in RunDir(tmp_path).metrics() if r["stage"] == "search" and r["kind"] == "metrics"]
-    assert all("search/lambda" in metrics for metrics in epochs)
+    run = RunDir(tmp_path)
+    epochs = [r for r in run.metrics() if r["stage"] == "search" and r["kind"] == "metrics"]
+    assert all("search/lambda" in record["metrics"] for record in epochs)
+    assert max(record["metrics"]["search/lambda"] for record in epochs) > 0
+    costs = [sum(layer[-1] for layer in record["layers"]) / FULL_BOPS for record in epochs]
+    assert costs[0] == 1 / 16, "a search begins with every gate open"
+    assert all(0.97 * budget <= cost <= budget for cost in costs[8:])
+    assert epochs[8]["layers"] == epochs[9]["layers"]
+    (step,) = Trial(run, result).remarks.values()
+    assert step == 6 + 54, "landed when nine tenths of the search were over"
 
 
 def test_one_search_gives_a_network_for_each_budget(snapshots: dict[float, Trial]):
@@ -94,14 +103,15 @@ def test_one_search_gives_a_network_for_each_budget(snapshots: dict[float, Trial
     assert snapshots[0.03].stages == snapshots[0.015].stages == {"compress", "finetune", "report"}
     assert snapshots[0.03].result["timings_s"].keys() == {"compress", "finetune", "report"}, "time of its own alone"
     assert len({trial.run.policy_path.read_text() for trial in snapshots.values()}) == 3
-    for budget in BUDGETS:
-        assert sum(f"budget of {budget:g} " in text for text in snapshots[0.05].remarks) == 1
+    # of the 24 steps of the search: 3% + 52% x log(0.0625 / budget) / log(0.0625 / 0.015) of them, and nine tenths
+    taken = {text.split(" of full")[0]: step - 6 for text, step in snapshots[0.05].remarks.items() if "budget" in text}
+    assert taken == {"budget of 0.05": 3, "budget of 0.03": 8, "budget of 0.015": 22}
 
 
 def test_a_killed_search_keeps_its_snapshots(data: Path, tmp_path: Path, snapshots: dict[float, Trial]):
     undisturbed = snapshots[0.05]
     taken = next(step for text, step in undisturbed.remarks.items() if "budget of 0.05" in text)
-    assert 6 < taken < 20, "the first budget is passed in the middle of the search"
+    assert taken == 9, "the first budget is passed early in the search"
     spec = tiny.spec(data, tmp_path, *SNAPSHOTS, "search.budget=0.05")
     assert disturbed(spec, f"step:{taken + 3}").returncode == -9  # a checkpoint every two steps
     stages.run(spec)

@@ -23,6 +23,10 @@ def harness(*arguments: str, limit_s: float = 120) -> subprocess.CompletedProces
     [
         (["digits_resnet2"], ["no recipe is named 'digits_resnet2'", "did you mean 'digits_resnet20'"]),
         (["digits_resnet20", "--set", "search.lamda=1"], ["unknown key `search.lamda`", "did you mean 'lambda'"]),
+        (
+            ["digits_resnet20", "--set", "search.bit_threshold_lr=20"],
+            ["`search.bit_threshold_lr` = 20 is gone: remove"],
+        ),
         (["digits_resnet20", "--set", "pretrain.epochs=few"], ["`pretrain.epochs` = 'few'", "integer"]),
         (["digits_resnet20", "--set", "data.source=photos"], ["unknown source 'photos'", "imagefolder:DIR"]),
     ],

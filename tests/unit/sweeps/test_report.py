@@ -1,10 +1,12 @@
 import csv
 import io
 import json
+import typing
 from pathlib import Path
 
 import pytest
 
+from harness.config import Method
 from harness.errors import UserError
 from harness.tracking.store import Store
 from sweeps import plot, report
@@ -140,6 +142,20 @@ def test_budgets_tell_points_without_lambda_apart(frontier: Frontier, tmp_path: 
         assert words in text_of(tmp_path / "plot.svg")
     two = build(["e"], [*rows, row(key="b", seed=1, point="budget 0.05", **{"lambda": None, "target": "budget 0.05"})])
     assert "| budget 0.05      | 2 " in report.as_markdown(two)
+
+
+def test_a_policy_is_named_and_has_a_mark_of_its_own(frontier: Frontier, tmp_path: Path):
+    given = row(key="p" * 16, point="p", gbops=3.0, method="policy", **{"lambda": None, "target": "policy mine"})
+    mixed = build(["e"], [*frontier.rows, given])
+    for text in (report.as_markdown(mixed), report.as_html(mixed), report.as_latex(mixed)):
+        assert "policy mine" in text
+        assert " or policy" in text
+    budget = row(key="b" * 16, point="b", **{"lambda": None, "target": "budget 0.05"})
+    assert report.headers(build(["e"], [given, budget]))[2] == "lambda or budget or policy"
+    plot.write(mixed, tmp_path / "plot.svg", "svg")
+    assert "policy mine" in text_of(tmp_path / "plot.svg")
+    assert set(plot.MARKERS) == set(typing.get_args(Method))
+    assert list(plot.MARKERS.values()).count(plot.MARKERS["policy"]) == 1
 
 
 def test_a_very_long_table_shows_its_frontier_and_says_where_the_rest_is(capsys: pytest.CaptureFixture[str]):

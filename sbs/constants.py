@@ -21,9 +21,10 @@ def constant(values: tuple[float, ...], dtype: torch.dtype, device: torch.device
     captures = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
     found = _sent.get(key)
     if found is None and not captures:
-        made = torch.tensor(values, dtype=dtype)
-        made = made.pin_memory() if device.type == "cuda" else made
-        found = _sent[key] = made.to(device, non_blocking=True)
+        with torch.inference_mode(False):  # whose tensors serve nothing else
+            made = torch.tensor(values, dtype=dtype)
+            made = made.pin_memory() if device.type == "cuda" else made
+            found = _sent[key] = made.to(device, non_blocking=True)
         if len(_sent) > _MOST:
             _sent.popitem(last=False)
     elif found is not None:

@@ -5,7 +5,8 @@ from torch import Tensor
 
 from sbs import gate_statistics
 from sbs.bops import held_open, prices
-from sbs.gates import PACE, GateBank, audible, movable
+from sbs.gates import PACE, audible, movable
+from sbs.joint import CHANNEL, JointBank
 from sbs.layers import clamp_clips
 from sbs.ranks import world
 from sbs.supernet import SuperNet
@@ -25,8 +26,9 @@ def step(net: SuperNet, steps: int, loss_scale: float = 1.0) -> None:
         torch._foreach_div_([net.pressure, *(bank.pull for bank in net.banks())], loss_scale)
     gate_statistics.update(net)
     rate, share, window = PACE.rate(net.steps_done.double() / steps), 1 / steps, PACE.window_of(steps)
-    _decide(net, rate, share, window)
-    _move(net, rate, share)
+    bank = net.joint_bank()
+    _decide(net, bank, rate, share, window)
+    _move(net, bank, rate, share)
     net.steps_done += 1
     net.pressure.zero_()
     net.refresh_kept()
@@ -37,37 +39,36 @@ def at_rest(steps_done: int, steps: int) -> bool:
     return steps_done / steps >= PACE.still
 
 
-def _decide(net: SuperNet, rate: Tensor, share: float, window: float) -> None:
+def _decide(net: SuperNet, bank: JointBank, rate: Tensor, share: float, window: float) -> None:
     """Take in what the step said of the gates as they were, then flip those whose thresholds say so."""
-    weight, activation, channel = net.banks()
-    wanted = [weight.wanted(PACE), activation.wanted(PACE), _within_limits(net, channel)]
-    for bank, decided in zip(net.banks(), wanted, strict=True):
-        bank.weigh(audible(bank.decided()), share, window, PACE)
-        # a statistic that falls may want to close a step whose turn it is not
-        free = movable(bank.decided()) & (rate > 0)
-        bank.commit(torch.where(free, decided, bank.decided()), share, net.images)
+    wanted = bank.wanted(PACE)
+    _keep_within_limits(net, bank.part(wanted, CHANNEL))
+    is_open = bank.decided()
+    bank.weigh(audible(is_open), share, window, PACE)
+    # a statistic that falls may want to close a step whose turn it is not
+    free = movable(is_open) & (rate > 0)
+    bank.commit(torch.where(free, wanted, is_open), share, net.images)
 
 
-def _move(net: SuperNet, rate: Tensor, share: float) -> None:
+def _move(net: SuperNet, bank: JointBank, rate: Tensor, share: float) -> None:
     """Move the thresholds of the gates that may flip and have been seen for long enough."""
-    gates = [bank.decided() for bank in net.banks()]
-    for bank, is_open, price, pressure in zip(
-        net.banks(), gates, prices(net, gates), net.pressure.unbind(0), strict=True
-    ):
-        free = movable(is_open) & bank.judged() & (bank.age >= PACE.hold)
-        bank.move(pressure * price, bank.gain(net.images), free, PACE.distance * share * rate)
+    is_open = bank.decided()
+    price = bank.together(prices(net, [bank.part(is_open, i) for i in range(len(net.banks()))]))
+    free = movable(is_open) & bank.judged() & (bank.age >= PACE.hold)
+    pressure = net.pressure[bank.kind].unsqueeze(1)
+    bank.move(pressure * price, bank.gain(net.images), free, PACE.distance * share * rate)
 
 
-def _within_limits(net: SuperNet, bank: GateBank) -> Tensor:
-    """The channel gates that are wanted, and of those that want to close as many open as max_prune_share demands.
+def _keep_within_limits(net: SuperNet, wanted: Tensor) -> None:
+    """Of the channel gates that want to close, want as many open as max_prune_share demands.
 
     The ones that are open stay before the ones that are not, then those nearest to opening. Whatever is held open has
     its threshold no higher than its statistic.
     """
-    wanted = bank.wanted(PACE)
     if not net.group_slices:
-        return wanted
+        return
+    bank = net.channel_gates
     # margins lie within a few units: whoever wants to be open comes first, then whoever is
     held = held_open(net, bank.margin().clamp(-5, 5) + 100 * wanted + 20 * bank.decided()) & (wanted == 0)
     bank.thresholds.copy_(torch.where(held, bank.thresholds.minimum(bank.statistic), bank.thresholds))
-    return torch.where(held, 1.0, wanted)
+    wanted += held

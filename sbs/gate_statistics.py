@@ -9,7 +9,7 @@ from sbs.layers import Residuals
 from sbs.ranks import agree
 from sbs.space import levels
 from sbs.supernet import SuperNet
-from sbs.weights import moments, statistics
+from sbs.weights import importance, moments, statistics
 
 
 @torch.no_grad()
@@ -88,11 +88,5 @@ def _update_channels(net: SuperNet) -> None:
     if not net.group_slices:
         return
     roots = [net.model.get_parameter(f"{group.root}.weight") for group in net.graph.groups]
-    # over all dimensions at once: to flatten weights in channels_last would copy them
-    per_channel = torch.cat([w.detach().abs().mean(dim=tuple(range(1, w.dim()))) for w in roots])
-    bank = net.channel_gates
-    # a gather and a sum, not index_add_: that one's order, and so its last bit, is left open on a GPU
-    padded = torch.cat([per_channel, per_channel.new_zeros(1)]).to(bank.statistic.dtype)
-    groups = padded[net.group_members].sum(dim=1) / net.group_sizes
-    layer_means = torch.stack([groups[start:stop].mean() for start, stop in net.group_slices])
-    bank.statistic.copy_(groups / layer_means[net.layer_index].clamp_min(torch.finfo(groups.dtype).tiny))
+    lengths = tuple(stop - start for start, stop in net.group_slices)
+    net.channel_gates.statistic.copy_(importance(roots, net.group_members, net.group_sizes, lengths))

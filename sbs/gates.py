@@ -166,12 +166,16 @@ class GateBank(nn.Module):
     def _left(self) -> Tensor:
         """Share of what was foretold that is left of it where gates of a kind are closed: (steps,) or ()."""
         tried = (self.decided() == 0) & self.judged() & (self.promised > 0)
-        found = (-0.5 * (self.slope_open + self.slope_closed)).clamp_min(0).where(tried, 0.0).sum(dim=0)
-        promised = self.promised.where(tried, 0.0).sum(dim=0)
+        found = self._total((-0.5 * (self.slope_open + self.slope_closed)).clamp_min(0).where(tried, 0.0))
+        promised = self._total(self.promised.where(tried, 0.0))
         # the guess counts as much as one gate that was tried
-        guess = promised / tried.sum(dim=0).clamp_min(1)
+        guess = promised / self._total(tried).clamp_min(1)
         share = (found + _LEFT * guess) / (promised + guess).clamp_min(torch.finfo(promised.dtype).tiny)
         return torch.where(promised > 0, share, _LEFT)
+
+    def _total(self, figures: Tensor) -> Tensor:
+        """Sums over the gates of a kind."""
+        return figures.sum(dim=0)
 
     def judged(self) -> Tensor:
         """The gates whose present side has been seen for long enough."""

@@ -191,10 +191,9 @@ class QuantizedLayer(nn.Module):
         if masks and masks[0].device.type == "cpu":
             whole = whole_mask(masks).clone()
             masks = () if bool(whole.all()) else (whole,)
-            if len(masks) == len(self.kept) and all(map(torch.equal, masks, self.kept)):
-                return False
-        self.kept = masks
-        return True
+        kept, self.kept = self.kept, masks
+        known = len(masks) == len(kept) and all(m.device.type == "cpu" for m in (*masks, *kept))
+        return not known or not all(map(torch.equal, masks, kept))
 
     def kept_weight(self) -> Tensor:
         """The weight's kept entries, flat: those that the compressed layer will hold. Looks at the masks."""

@@ -49,7 +49,7 @@ class Siblings:
         kind = read[0].device.type
         captures = kind == "cuda" and torch.cuda.is_current_stream_capturing()
         autocast = torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind)
-        return (captures, autocast, *((t._version, t.data_ptr()) for t in read))  # noqa: SLF001
+        return (captures, autocast, torch.is_inference_mode_enabled(), *((t._version, t.data_ptr()) for t in read))  # noqa: SLF001
 
     def _make(self) -> dict[int, LayerContext]:
         layers = self.layers

@@ -1,7 +1,6 @@
 """The super-network: every bit-width and every channel group of a search space in one set of weights."""
 
 import copy
-import itertools
 import math
 import warnings
 from collections.abc import Iterator, Sequence
@@ -14,6 +13,8 @@ from sbs.absorb import absorb, absorbable
 from sbs.errors import SbsError
 from sbs.gates import GateBank, selected
 from sbs.graph import NetworkGraph, analyze
+from sbs.joint import JointBank, joined
+from sbs.kept import KeptPlaces
 from sbs.kernels import GateMode
 from sbs.layers import LayerContext, QuantizedLayer, check_own_weights, from_float, units
 from sbs.mac_table import MacTable
@@ -22,7 +23,7 @@ from sbs.quantizer import codes_type
 from sbs.settings import settings_of
 from sbs.space import FULL_PRECISION_BITS, SearchSpace, describe, levels
 from sbs.tracing import check_calls, check_unhooked
-from sbs.weights import Masks, Snapshot, WeightCodes, moments, weight_codes
+from sbs.weights import Snapshot, WeightCodes, moments, weight_codes
 
 
 class SuperNet(nn.Module):
@@ -58,12 +59,16 @@ class SuperNet(nn.Module):
         self.register_buffer("pressure", torch.zeros(3, dtype=torch.float64, device=device), persistent=False)
         self._index_channels(device)
         self.macs = MacTable(graph, self.group_sizes, self.group_slices).to(device)
-        self._index_masks(device)
+        sizes = [group.channels for group in graph.groups] if self.group_slices else []
+        self._kept_places = KeptPlaces.of(graph, self.channel_index.cpu().split(sizes) if sizes else ())
+        self.register_buffer("kept_index", self._kept_places.index.to(device), persistent=False)
+        self.register_buffer("kept_gates", torch.ones(len(self.kept_index), device=device), persistent=False)
         self._rows = {name: i for i, name in enumerate(self.searched)}
         edges = [info.name for info in graph.layers if info.edge]
         self.coded = tuple(name for name in (*self.searched, *edges) if named[name].quantizes_weight)
         self._kept_version: tuple[int, int] | None = None
         self._left_moments: tuple[Snapshot, tuple[Tensor, Tensor]] | None = None
+        self._joint: list[JointBank | None] = [None]
         self._is_started = False
         self._passed = 0
         for side in ("weight", "activation"):
@@ -124,26 +129,6 @@ class SuperNet(nn.Module):
             own = (index == gate).nonzero().squeeze(1)
             members[gate, : len(own)] = own
         self.register_buffer("group_members", members.to(device), persistent=False)
-
-    def _index_masks(self, device: torch.device) -> None:
-        """Where `kept_gates` has those of a layer's rows and columns: first those of all groups, then repeated ones."""
-        sizes = [group.channels for group in self.graph.groups] if self.group_slices else [0]
-        own = self.channel_index.cpu().split(sizes)
-        ends = [0, *itertools.accumulate(map(len, own))]
-        index, self._kept_places = list(own), {}
-        for info in self.graph.layers if self.group_slices else ():
-            rows = None if info.group is None else (ends[info.group], ends[info.group + 1])
-            columns = None
-            if info.source is not None and info.kind != "depthwise":
-                columns = (ends[info.source], ends[info.source + 1])
-                if info.repeat > 1:
-                    start = sum(map(len, index))
-                    index.append(own[info.source].repeat_interleave(info.repeat))
-                    columns = (start, start + len(index[-1]))
-            self._kept_places[info.name] = (rows, columns)
-        self.register_buffer("kept_index", torch.cat(index).to(device), persistent=False)
-        kept = torch.ones(len(self.kept_index), device=device)
-        self.register_buffer("kept_gates", kept, persistent=False)
 
     def layers(self) -> Iterator[tuple[str, QuantizedLayer]]:
         """Name and module of every quantised layer, in order of execution."""
@@ -284,6 +269,12 @@ class SuperNet(nn.Module):
         """Gates of the weights' bits, of the activations' bits, and of the channel groups."""
         return self.weight_gates, self.activation_gates, self.channel_gates
 
+    def joint_bank(self) -> JointBank:
+        """The banks as one: what is written to it is written to them."""
+        joint = joined(self.banks(), self._joint[0])
+        self._joint = [joint]  # in a list, for it is no part of the network
+        return joint
+
     def coded_layers(self) -> list[QuantizedLayer]:
         """The layers whose weights are quantised: those that are searched, in the order of their rows, then others."""
         named = dict(self.layers())
@@ -335,17 +326,11 @@ class SuperNet(nn.Module):
             return
         self._kept_version = version
         self.kept_gates.copy_(self.channel_gates.decided()[self.kept_index])
-        changed = [layer.keep(self._masks(name, layer.weight.dim())) for name, layer in self.layers()]
+        # where they lie: a captured step reads them there
+        kept, places = self.kept_gates, self._kept_places
+        changed = [layer.keep(places.masks(kept, name, layer.weight.dim())) for name, layer in self.layers()]
         if any(changed):
             self._left_moments = None
-
-    def _masks(self, name: str, dims: int) -> Masks:
-        """Of the rows and of the columns of a layer's weight, where they lie: a captured step reads them there."""
-        rows, columns = self._kept_places[name]
-        own = [] if rows is None else [self.kept_gates[slice(*rows)].view(-1, *[1] * (dims - 1))]
-        if columns is not None:
-            own.append(self.kept_gates[slice(*columns)].view(1, -1, *[1] * (dims - 2)))
-        return tuple(own)
 
 
 def _refresh_after_load(net: SuperNet, _: object) -> None:

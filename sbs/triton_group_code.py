@@ -97,6 +97,21 @@ def add_moments(table_ptr, partials_ptr, means_ptr, stds_ptr, layers, programs, 
     tl.store(stds_ptr + layer, tl.maximum(std, _LEAST_STD, propagate_nan=_NAN).to(tl.float32))
 
 
+@triton.jit(do_not_specialize=["layers"], do_not_specialize_on_alignment=["table_ptr", "means_ptr"])
+def magnitudes(table_ptr, means_ptr, layers, LAYERS: tl.constexpr, BLOCK: tl.constexpr):
+    """Mean of |w| over an output channel, by a program each: here a tile is a channel."""
+    layer = _layer(table_ptr, layers, LAYERS)
+    column = table_ptr + layer
+    size = tl.load(column + OUTER * layers).to(tl.int32)
+    channel = tl.program_id(0) - tl.load(column + FIRST * layers).to(tl.int32)
+    begin = tl.load(column + WEIGHT * layers).to(tl.pointer_type(tl.float32)) + tl.cast(channel, tl.int64) * size
+    total = tl.zeros((BLOCK,), tl.float32)
+    for start in range(0, size, BLOCK):
+        index = start + tl.arange(0, BLOCK)
+        total += tl.abs(tl.load(begin + index, mask=index < size, other=0.0))
+    tl.store(means_ptr + tl.program_id(0), tl.sum(total, axis=0) / size)
+
+
 @triton.jit(do_not_specialize=["layers"], do_not_specialize_on_alignment=_VECTORS)
 def encode(
     table_ptr, shifts_ptr, scales_ptr, levels_ptr, codes_ptr, layers,

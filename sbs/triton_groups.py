@@ -44,14 +44,17 @@ class Table(NamedTuple):
         return {"LAYERS": 1 << (self.layers - 1).bit_length(), "BLOCK": _BLOCK, "num_warps": _WARPS}
 
 
-def table(weights: Sequence[Tensor], masks: Sequence[Masks] = ()) -> Table | None:
-    """For float32 tensors (O, I, ...), contiguous or channels_last, with masks over (O, I)."""
+def table(weights: Sequence[Tensor], masks: Sequence[Masks] = (), *, by_channel: bool = False) -> Table | None:
+    """For float32 tensors (O, I, ...), contiguous or channels_last, with masks over (O, I).
+
+    by_channel: whether an output channel is a tile.
+    """
     columns, offsets, tiles, length = [], [], 0, 0
     for w, own in zip(weights, masks or [()] * len(weights), strict=True):
         size, order = w.numel(), _order(w)
         if order is None or w.dtype is not torch.float32 or not 0 < size < _LONG or not _fit(own):
             return None
-        count = math.ceil(size / _BLOCK)
+        count = w.shape[0] if by_channel else math.ceil(size / _BLOCK)
         columns.append((w.data_ptr(), size, tiles, count, length, *order, *_places(own)))
         offsets.append(length)
         tiles += count
@@ -132,6 +135,22 @@ def statistics(
         _launch(code.residuals, made.tiles, made, (shifts.contiguous(), scales.contiguous(), partials), **statics)
         _launch_sums(code.add_residuals, made, (partials, found), COUNT=count)
     return found
+
+
+def importance(weights: Sequence[Tensor], members: Tensor, sizes: Tensor, lengths: tuple[int, ...]) -> Tensor | None:
+    """As `weights.importance`."""
+    made = table(weights, by_channel=True)
+    counts = constant(lengths, torch.int64, weights[0].device)
+    if made is None or counts is None:
+        return None
+    device = made.data.device
+    magnitudes = torch.zeros(made.tiles + 1, device=device)
+    with on(device):
+        _launch(code.magnitudes, made.tiles, made, (magnitudes,))
+    groups = magnitudes[members].sum(dim=1) / sizes
+    # unsafe: not to look at the counts, for which the host would wait
+    means = torch.segment_reduce(groups, "mean", lengths=counts, unsafe=True)
+    return groups / means.clamp_min(torch.finfo(groups.dtype).tiny).repeat_interleave(counts, output_size=len(groups))
 
 
 def _are_single(*vectors: Tensor) -> bool:

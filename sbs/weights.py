@@ -120,6 +120,27 @@ def statistics(
     return found
 
 
+def importance(weights: Sequence[Tensor], members: Tensor, sizes: Tensor, lengths: tuple[int, ...]) -> Tensor:
+    """Mean magnitude of every channel group over that of the groups of its layer, (groups,).
+
+    members: (groups, most channels), places among the channels of all weights, one behind the last where there is none;
+    sizes: channels of each group; lengths: groups of each weight.
+    """
+    found: Tensor = _importance(weights, members, sizes, lengths)
+    return found
+
+
+@compiled.grouped
+def _importance(weights: Sequence[Tensor], members: Tensor, sizes: Tensor, lengths: tuple[int, ...]) -> Tensor:
+    # over all dimensions at once: to flatten weights in channels_last would copy them
+    per_channel = torch.cat([w.detach().abs().mean(dim=tuple(range(1, w.dim()))) for w in weights])
+    # a gather and a sum, not index_add_: that one's order, and so its last bit, is left open on a GPU
+    groups = torch.cat([per_channel, per_channel.new_zeros(1)])[members].sum(dim=1) / sizes
+    parts = groups.split(list(lengths))
+    least = torch.finfo(groups.dtype).tiny
+    return torch.cat([part / part.mean().clamp_min(least) for part in parts])
+
+
 @compiled.grouped
 def _moments(weights: Sequence[Tensor], masks: Sequence[Masks]) -> tuple[Tensor, Tensor]:
     masks = masks or [()] * len(weights)

@@ -27,6 +27,7 @@ from torch.profiler import ProfilerActivity, profile
 import sbs
 from harness.arithmetic import arithmetic
 from harness.config import RunConfig
+from harness.graphed import GraphedStep, PlainStep
 from tests.benchmarks.measure import Estimate, Row, estimate
 from tests.numerics import oracle
 
@@ -61,14 +62,11 @@ MEMORY_MUST, MEMORY_WANTED, CHAIN_MUST = 1.3, 1.15, 0.55
 COLD_MUST_S, WARM_MUST_S = 30.0, 2.0
 
 
-Gradients = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
-
-
 @dataclass
 class Variant:
     """A network in training, and all that one optimiser step of it does.
 
-    `forward`: the network compiled, say; `captured`: what replaces `gradients`, a graph of them.
+    `forward`: the network compiled, say; `captured`: what makes the step by graphs.
     """
 
     net: nn.Module
@@ -77,19 +75,23 @@ class Variant:
     search: bool = False
     autocast: bool = False
     forward: Callable[[Tensor], Tensor] | None = None
-    captured: Gradients | None = None
+    captured: GraphedStep | None = None
     optimizer: torch.optim.Optimizer = field(init=False)
 
     def __post_init__(self) -> None:
         self.net.train()
         self.optimizer = torch.optim.SGD(self.net.parameters(), lr=1e-3, momentum=0.9)
-        self.parity = 0
 
     def step(self) -> None:
         """Forward, backward, update; in a search with the BOP penalty, in any of ours with after_step."""
         self.optimizer.zero_grad()
-        (self.gradients if self.captured is None else self.captured)(self.images, self.labels)
+        work = PlainStep(self.gradients, self.after) if self.captured is None else self.captured
+        work(self.images, self.labels)
         self.optimizer.step()
+        work.finish()
+
+    def after(self) -> None:
+        """What follows the optimiser."""
         sbs.after_step(self.net)
 
     def gradients(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
@@ -98,8 +100,7 @@ class Variant:
             logits = (self.net if self.forward is None else self.forward)(images)
             loss = F.cross_entropy(logits.float(), labels)
         if self.search:
-            self.parity = 1 - self.parity
-            loss = loss + 0.1 * sbs.bop_penalty(self.net, gradient=("weights", "activations")[self.parity])
+            loss = loss + 0.1 * sbs.bop_penalty(self.net)
         loss.backward()
         return logits.detach(), loss.detach()
 

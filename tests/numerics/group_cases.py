@@ -59,3 +59,20 @@ def compare(made: Any, shapes: tuple[tuple[int, ...], ...], device: str) -> None
                 assert torch.equal(got.float(), wanted), int((got.float() != wanted).sum())
         want = eager._statistics.eager(given, means, scales, GRID, own)
         torch.testing.assert_close(made.statistics(given, means, scales, GRID, own), want, rtol=2e-5, atol=0)
+    members, sizes, lengths = groups(given)
+    wanted = eager._importance.eager(given, members, sizes, lengths)
+    torch.testing.assert_close(made.importance(given, members, sizes, lengths), wanted, rtol=1e-5, atol=0)
+
+
+def groups(of: list[Tensor]) -> tuple[Tensor, Tensor, tuple[int, ...]]:
+    """Groups of four output channels, the last of each weight what is left: members, sizes, how many."""
+    total = sum(len(w) for w in of)
+    starts = [sum(len(w) for w in of[:i]) for i in range(len(of))]
+    rows = [
+        [*range(start + i, start + min(i + 4, len(w)))]
+        for start, w in zip(starts, of, strict=True)
+        for i in range(0, len(w), 4)
+    ]
+    members = torch.tensor([row + [total] * (4 - len(row)) for row in rows], device=of[0].device)
+    sizes = torch.tensor([len(row) for row in rows], device=of[0].device)
+    return members, sizes, tuple(-(-len(w) // 4) for w in of)

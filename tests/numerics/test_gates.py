@@ -67,13 +67,14 @@ def _search(
     pace: Pace = PACE,
     scale: float = 1.0,
     tremble: float = 0.01,
+    part: range | None = None,
 ) -> Searched:
-    """A whole search in which the statistics tremble about 1; loss and price times `scale`."""
+    """A search, or a part of it, in which the statistics tremble about 1; loss and price times `scale`."""
     g = torch.Generator().manual_seed(1)
     bank = bank or GateBank(len(price))
     share, window, images = 1 / steps, pace.window_of(steps), torch.tensor(float(IMAGES))
     everyone, history = torch.ones(len(price)) > 0, []
-    for step in range(steps):
+    for step in part or range(steps):
         bank.statistic.copy_(1 + tremble * torch.randn(len(price), generator=g))
         bank.pull += scale * (losses.slope(bank.decided()) + losses.noise(g))
         rate = pace.rate(torch.tensor(step * share, dtype=torch.float64))
@@ -199,13 +200,14 @@ def test_prices_alone_are_another_search():
 
 
 def test_a_search_that_stops_half_way_goes_on_from_its_state():
-    """Nothing but the state dict is left of the first half."""
+    """Nothing but the state dict is left of the first part; gates have just flipped, and stand still for a while."""
     losses, price = _drawn(300, 6)
-    bank = GateBank(300)
-    _search(losses, price, 100, bank=bank)
+    bank, parts = GateBank(300), (range(40), range(40, 400))
+    _search(losses, price, 400, bank=bank, part=parts[0])
+    assert (bank.age < PACE.hold).any()
     again = GateBank(300)
     again.load_state_dict(copy.deepcopy(bank.state_dict()))
-    ends = [_search(losses, price, 100, bank=each) for each in (bank, again)]
+    ends = [_search(losses, price, 400, bank=each, part=parts[1]) for each in (bank, again)]
     assert torch.equal(ends[0].open, ends[1].open)
     for (name, ours), theirs in zip(bank.state_dict().items(), again.state_dict().values(), strict=True):
         assert torch.equal(ours, theirs), name
@@ -220,8 +222,9 @@ def test_a_gradient_that_is_not_finite_is_not_heard():
 
         def weigh(self, audible: Tensor, share: float, window: float, pace: Pace) -> None:
             super().weigh(audible, share, window, pace)
-            self.pull.fill_(float("nan"))
-            super().weigh(audible, share, window, pace)
+            for overflow in ("nan", "inf"):
+                self.pull.fill_(float(overflow))
+                super().weigh(audible, share, window, pace)
 
     found = _search(losses, price, 100, bank=Deafened(100)).bank
     assert torch.equal(found.open, want.open)

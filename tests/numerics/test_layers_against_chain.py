@@ -166,7 +166,7 @@ def _of_the_product(case: Case, s: Setting) -> tuple[Tensor, dict[str, Tensor], 
     layer.set_clip("weight", s.weight_clip)
     if case.kept:
         kept = s.kept_out.to(s.dtype).unsqueeze(1) * s.kept_in.to(s.dtype)
-        layer.keep(kept if case.kind == "linear" else kept[..., None, None])
+        layer.keep((kept if case.kind == "linear" else kept[..., None, None],))
     context, leaves = {}, {"input": s.leaf(s.x)}
     if case.channels_last and case.kind != "linear":
         leaves["input"] = s.leaf(s.x.contiguous(memory_format=torch.channels_last))

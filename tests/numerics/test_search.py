@@ -78,7 +78,7 @@ def test_a_search_reaches_both_bits_and_pruning(frontier):
     layers = frontier[LAMBDAS[-1]][0].layers[1:-1]
     assert min(layer.weight_bits for layer in layers) < 8
     assert min(layer.activation_bits for layer in layers) < 8
-    assert any(layer.kept is not None for layer in layers)
+    assert any(layer.kept for layer in layers)
 
 
 def test_without_pressure_no_gate_moves_and_under_some_the_network_still_knows_its_digits(frontier):

@@ -199,8 +199,10 @@ def test_compiled_kernels_of_all_weights_keep_to_registers(made):
         triton_groups.moments(given, own)
         triton_groups.statistics(given, vector, vector, group_cases.GRID, own)
     triton_groups.encode(given, vector, vector, vector, torch.bfloat16)
+    triton_groups.importance(given, *group_cases.groups(given))
     compiled = [each for each in made if isinstance(each, Made)]
-    assert {each.name for each in compiled} == {"moments", "add_moments", "residuals", "add_residuals", "encode"}
+    names = {"moments", "add_moments", "residuals", "add_residuals", "encode", "magnitudes"}
+    assert {each.name for each in compiled} == names
     for each in compiled:
         assert each.local_bytes == 0, each.name
         assert each.registers <= 96, each.name

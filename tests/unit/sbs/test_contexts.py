@@ -64,6 +64,17 @@ def test_activation_checkpointing_changes_nothing(forwards: int):
     torch.testing.assert_close(nets[0].activation_gates.statistic, nets[1].activation_gates.statistic)
 
 
+def test_passes_before_a_step_add_up_to_what_they_say_of_the_gates():
+    nets = [_searching() for _ in range(3)]
+    first, second = _images(8).split(4)
+    for net, batches in zip(nets, ((first, second), (first,), (second,)), strict=True):
+        for batch in batches:
+            F.cross_entropy(net(batch), torch.arange(4)).backward()
+    for both, one, other in zip(*(net.banks() for net in nets), strict=True):
+        assert one.pull.any()
+        torch.testing.assert_close(both.pull, one.pull + other.pull)
+
+
 def test_other_passes_between_forward_and_backward_change_nothing():
     """An evaluation without gradients, and a count of costs at another size."""
     nets = [_searching(), _searching()]

@@ -45,17 +45,17 @@ def test_nothing_but_masks_stays_behind(net):
         assert tensor.device.type == "meta", name
 
 
-def test_a_mask_that_lies_elsewhere_is_replaced():
+def test_masks_that_lie_elsewhere_are_replaced_and_those_that_are_equal_stay():
     """As after a network moved: what is on another device can be neither compared nor written."""
     layer = from_float(nn.Linear(4, 2), QuantSettings((8,), (8,), signed=False))
-    layer.kept = torch.ones(2, 1, device="meta")
+    layer.kept = (torch.ones(2, 1, device="meta"),)
     mask = torch.tensor([[1.0], [0.0]])
-    assert layer.keep(mask)
-    assert layer.kept is mask
-    assert not layer.keep(mask.clone())
-    assert layer.keep(torch.ones(2, 1))
-    assert layer.kept is None
-    assert not layer.keep(None)
+    assert layer.keep((mask,))
+    assert torch.equal(*layer.kept, mask)
+    assert not layer.keep((mask.clone(),))
+    assert layer.keep((torch.ones(2, 1),))
+    assert layer.kept == ()
+    assert not layer.keep(())
 
 
 def test_a_wider_type_and_back_is_the_same_network(net):

@@ -55,7 +55,7 @@ def trace(run: RunDir) -> dict[str, Any]:
             (r["stage"], r["epoch"], r["step"], {k: v for k, v in r["metrics"].items() if not k.startswith(MACHINE)})
             for r in records
         ],
-        "layers": [(r.get("layers"), r.get("margins")) for r in records],
+        "layers": [(r.get("layers"), r.get("margins"), r.get("flips")) for r in records],
         "result": {k: v for k, v in result.items() if k not in {"timings_s", "stack", "label", "key"}},
     }
 

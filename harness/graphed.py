@@ -41,13 +41,21 @@ def obstacle(run: RunConfig, ranks: Ranks) -> str | None:
     return None
 
 
+def _nothing_to_keep() -> Callable[[], None]:
+    return lambda: None
+
+
 @dataclass(frozen=True)
 class PlainStep:
-    """`compute`, and `after`, as they are. captures_after: whether `after` is worth a graph of its own."""
+    """`compute`, and `after`, as they are. captures_after: whether `after` is worth a graph of its own.
+
+    keep_aside: returns a function that undoes in Python what either did there since, for a capture that fails.
+    """
 
     compute: Compute
     after: After
     captures_after: bool = False
+    keep_aside: Callable[[], Callable[[], None]] = _nothing_to_keep
 
     def __call__(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """See `Compute`."""
@@ -94,6 +102,7 @@ class GraphedStep:
         self, step: PlainStep, parameters: Sequence[nn.Parameter], device: torch.device, *, must: bool
     ) -> None:
         self._compute, self._after, self._captures_after = step.compute, step.after, step.captures_after
+        self._keep_aside = step.keep_aside
         self._parameters, self._must = list(parameters), must
         self._device, self._stream = device, cuda.Stream(device)
         self._shape: tuple[torch.Size, torch.dtype] | None = None
@@ -165,10 +174,14 @@ class GraphedStep:
         self._gradients = [parameter.grad for parameter in self._parameters]
 
     def _captured(self, work: Callable[[], None]) -> cuda.CUDAGraph:
-        graph = cuda.CUDAGraph()
+        graph, restore = cuda.CUDAGraph(), self._keep_aside()
         # thread_local: loaders' threads may pin memory meanwhile
-        with cuda.graph(graph, stream=self._stream, capture_error_mode="thread_local"):
-            work()
+        try:
+            with cuda.graph(graph, stream=self._stream, capture_error_mode="thread_local"):
+                work()
+        except Exception:
+            restore()
+            raise
         return graph
 
     def _replay(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:

@@ -50,7 +50,8 @@ class StageLoop:
         self.stepper = Stepper(job, context.recipe, ranks, state)
         self._loader: Loader = context.train_loader(job.config.epochs)
         self._sums = torch.zeros(5, dtype=torch.float64, device=ranks.device)  # over the epoch so far, see Stepper.step
-        self._best_top1, self._flips_before, self._warned = -1.0, 0.0, False
+        self._best_top1, self._flips_before = -1.0, 0.0
+        self._warned: list[str] = []  # kinds of remarks, by their first words
         self._profiler = StepProfiler(
             context.run.path / f"trace-{job.stage}.json", run.profile_steps if ranks.main else 0
         )
@@ -149,9 +150,9 @@ class StageLoop:
 
     def _warn_once(self, figures: dict[str, float]) -> None:
         text = self.job.remark(self.at.step, self.job.config.epochs * len(self._loader), figures)
-        if text is None or self._warned:
+        if text is None or (kind := text.split(" ", 1)[0]) in self._warned:
             return
-        self._warned = True
+        self._warned.append(kind)
         if self.ranks.main:
             log.warning("%s: %s", self.job.stage, text)
         self.context.record("event", self.at.epoch, self.global_step(), message=text)
@@ -216,7 +217,7 @@ class StageLoop:
             "sums": self.ranks.sum(self._sums),
             "best_top1": self._best_top1,
             "flips_before": self._flips_before,
-            "warned": self._warned,
+            "warned": list(self._warned),
             "policy": self.job.policy,
         }
         self._last_checkpoint_s = time.monotonic()
@@ -226,7 +227,7 @@ class StageLoop:
     def _restore(self, state: State) -> None:
         self._earlier_s = state["elapsed_s"]
         self._best_top1, self._flips_before = state["best_top1"], state["flips_before"]
-        self._warned = state["warned"]
+        self._warned = list(state["warned"])
         if self.ranks.main:
             self._sums += state["sums"].to(self._sums.device)
         self.at = Position(state["epoch"], state["batch"], state["step"])

@@ -68,13 +68,18 @@ def remark_on_gates(search: SearchConfig, step: int, steps: int, figures: dict[s
             "the loss says of them contradicts itself from step to step: raise data.batch_size or the epochs, or lower "
             "search.lr"
         )
-    gap = figures.get("search/train_top1", 0.0) - figures.get("search/top1", 0.0)
+    gap = _of_any_stage(figures, "train_top1") - _of_any_stage(figures, "top1")
     if search.norm_batches == 0 and gap > _WIDE_GAP_POINTS:
         return (
             f"validation is {gap:.1f} points below training: batch norm's running statistics belong to networks before "
             "the last flips; set search.norm_batches, so that they are estimated anew"
         )
     return None
+
+
+def _of_any_stage(figures: dict[str, float], name: str) -> float:
+    """A figure of the one stage that these are of."""
+    return next((value for key, value in figures.items() if key.endswith(f"/{name}")), 0.0)
 
 
 def takes_budget(search: SearchConfig) -> bool:

@@ -1,4 +1,4 @@
-"""The second term of a search's objective, lambda * log BOPs: with a given lambda, or with one that a budget steers."""
+"""The second term of a search's objective, lambda * log BOPs, with a given lambda or the one that leads to a budget."""
 
 import logging
 import math

@@ -32,6 +32,7 @@ from harness.ranks import joined
 from harness.result import build_result
 from harness.run_dir import RunDir, write_json
 from harness.step import Job, no_remark
+from sbs.layers import QuantizedLayer
 
 log = logging.getLogger(__name__)
 
@@ -249,7 +250,7 @@ class _Trial:
         if self.ranks.main:
             save_weights(context.run.weights_path, outcome.net)
             if outcome.policy is not None:
-                if search_space(self.recipe).quantizes:
+                if any(isinstance(module, QuantizedLayer) for module in net.modules()):
                     sbs.export(net, context.run.export_path)
                 write_json(context.run.policy_path, outcome.policy)
             context.record("metrics", 0, outcome.step, scores.named("final") | {"final/gbops": result["gbops"]})

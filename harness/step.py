@@ -72,7 +72,9 @@ class Stepper:
             self._forward = torch.compile(self._forward, dynamic=False)
         self._number, self._steps, self._loss_scale = 0, 0, 1.0
         learned = [parameter for parameter in job.net.parameters() if parameter.requires_grad]
-        plain = PlainStep(self._compute, self._after_step, captures_after=job.pressure is not None)
+        net = job.net
+        aside = {"keep_aside": net.kept_aside} if isinstance(net, sbs.SuperNet) else {}
+        plain = PlainStep(self._compute, self._after_step, captures_after=job.pressure is not None, **aside)
         turns = "search.bop_gradient = 'alternate' changes from step to step what is computed"
         stage_obstacle = turns if job.pressure is not None and recipe.search.bop_gradient == "alternate" else None
         self._work = graphed(plain, learned, recipe.run, ranks, job.stage, stage_obstacle=stage_obstacle)

@@ -46,10 +46,11 @@ def prices(net: SuperNet, gates: Gates) -> list[Tensor]:
 @torch.no_grad()
 def worths(net: SuperNet, gates: Gates) -> list[Tensor]:
     """The loss that each gate saves while it is open, by log BOPs that it costs: the lambda at which it would close."""
-    return [
-        -bank.gain(net.images).double() / price.clamp_min(torch.finfo(torch.float64).tiny)
-        for bank, price in zip(net.banks(), prices(net, gates), strict=True)
-    ]
+    result = []
+    for bank, price in zip(net.banks(), prices(net, gates), strict=True):
+        # a step of bits above a closed one costs nothing and saves nothing before that has opened
+        result.append(torch.where(price > 0, -bank.gain(net.images).double() / price, 0.0))
+    return result
 
 
 @torch.no_grad()
@@ -65,7 +66,7 @@ def pressure_for(net: SuperNet, log_bops: Tensor) -> Tensor:
     tried = torch.logspace(_LEAST, _MOST, _STEPS, dtype=torch.float64, device=log_bops.device)
     settled = [(value > tried.view(-1, *[1] * value.dim())).double() for value in worth]
     above = bops_under(net, settled).log() > log_bops
-    return tried[above.sum().clamp_max(_STEPS - 1)]
+    return tried.take(above.sum().clamp_max(_STEPS - 1))  # an index would be read by the host
 
 
 def held_open(net: SuperNet, claim: Tensor) -> Tensor:

@@ -1,5 +1,6 @@
 """Start values from data: clips, gate statistics, and batch norms under quantisation (ours)."""
 
+import itertools
 import warnings
 from collections.abc import Iterable
 
@@ -65,27 +66,37 @@ def estimate_norms(net: nn.Module, batches: Iterable[Tensor]) -> None:
 
     Running statistics lag behind the weights, and in a search behind the gates: they are those of many networks. Where
     torch.distributed is initialised the results are averaged over the ranks, so ranks may bring different batches (as
-    many each). Modes, momenta, gates and their statistics are left as they were.
+    many each). Modes, momenta, gates and their statistics are left as they were. Raises SbsError without a batch.
     """
-    net = unwrapped(net)
+    if isinstance(batches, Tensor):
+        raise SbsError("estimate_norms() takes a list of batches, not one tensor: estimate_norms(net, [images])")
+    net, coming = unwrapped(net), iter(batches)
     norms = [m for m in net.modules() if isinstance(m, NORMS) and m.track_running_stats]
     if not norms:
         return
+    first = next(coming, None)
+    if first is None:
+        raise SbsError("estimate_norms() got no batch; give at least one batch of training images")
     modes, momenta = {m: m.training for m in net.modules()}, [m.momentum for m in norms]
     try:
         net.eval()
-        for norm in norms:
-            norm.reset_running_stats()
-            norm.momentum = None
-            norm.train()
-        for x in batches:
-            net(x)
-        average([b for m in norms for b in (m.running_mean, m.running_var) if b is not None])
+        _average(net, norms, itertools.chain([first], coming))
     finally:
         for norm, momentum in zip(norms, momenta, strict=True):
             norm.momentum = momentum
         for module, mode in modes.items():
             module.training = mode
+
+
+def _average(net: nn.Module, norms: list[Norm], images: Iterable[Tensor]) -> None:
+    """Running statistics of `norms` as the plain average over the batches, and over the ranks."""
+    for norm in norms:
+        norm.reset_running_stats()
+        norm.momentum = None
+        norm.train()
+    for x in images:
+        net(x)
+    average([b for m in norms for b in (m.running_mean, m.running_var) if b is not None])
 
 
 def _images(batches: Iterable[Tensor]) -> list[Tensor]:
@@ -144,16 +155,11 @@ def _observe(net: nn.Module, named: dict[str, QuantizedLayer], images: list[Tens
 
 def _estimate_norms(net: nn.Module, norms: list[Norm], images: list[Tensor]) -> None:
     """Running statistics of every batch norm as the plain average over the batches, quantisers on."""
-    for m in norms:
-        m.reset_running_stats()
-        m.momentum = None
     if isinstance(net, SuperNet):
         net.training = True
     for layer in (m for m in net.modules() if isinstance(m, QuantizedLayer)):
         layer.pending_activation = None  # of passes before this one
-    for x in images:
-        net(x)
-    average([b for m in norms for b in (m.running_mean, m.running_var) if b is not None])
+    _average(net, norms, images)
 
 
 def _weight_clip(layer: QuantizedLayer) -> Tensor:

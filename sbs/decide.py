@@ -5,10 +5,10 @@ from torch import Tensor
 
 from sbs import gate_statistics
 from sbs.bops import held_open, prices
+from sbs.errors import SbsError
 from sbs.gates import PACE, audible, movable
 from sbs.joint import CHANNEL, JointBank
 from sbs.layers import clamp_clips
-from sbs.ranks import world
 from sbs.supernet import SuperNet
 
 
@@ -16,12 +16,13 @@ from sbs.supernet import SuperNet
 def step(net: SuperNet, steps: int, loss_scale: float = 1.0) -> None:
     """What a super-network does after an optimiser's step; `steps`: how many the whole search has.
 
-    What decides is equal on all ranks to the last bit: comparisons of numbers that one all-reduce has made equal. What
-    thresholds are moved by is computed on every rank and made equal by the next one.
+    What decides is equal on all ranks: comparisons of numbers that one all-reduce has made equal, or that follow from
+    these by the same few operations. What thresholds are moved by is made equal by the next all-reduce.
     """
+    if steps < 1:
+        raise SbsError(f"after_step() got steps={steps}: give the number of steps of the whole search")
     net.forget_contexts()
     clamp_clips(net.model)
-    net.count_images(world())
     if loss_scale != 1.0:
         torch._foreach_div_([net.pressure, *(bank.pull for bank in net.banks())], loss_scale)
     gate_statistics.update(net)

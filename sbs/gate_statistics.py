@@ -18,10 +18,11 @@ def update(net: SuperNet, momentum: float = MOMENTUM) -> None:
 
     The same on all ranks, after one all-reduce of a few numbers per gate where torch.distributed is initialised.
     """
-    collected = _collected(net)
+    collected, passed = _collected(net), net.take_passed()
     _update_weights(net)
     _update_channels(net)
-    agree([collected], [bank.pull for bank in net.banks()] + [net.pressure], net.banks())
+    agree([collected, passed], [bank.pull for bank in net.banks()] + [net.pressure], net.banks())
+    net.images.copy_(torch.where(passed > 0, passed.to(net.images.dtype), net.images))
     _update_activations(net, collected, momentum)
 
 

@@ -14,8 +14,8 @@ CHANNEL = 2
 class JointBank(GateBank):
     """The gates of all banks, (rows, most steps): layers of the weights, layers of the activations, channel groups.
 
-    A channel gate is the only step of its row. Steps that a row has not are closed, far from opening and without a
-    price. The banks' buffers are views of these ones; whoever replaces one (a move, another type) parts them.
+    A channel gate is the only step of its row. Steps that a row does not have are closed, far from opening and without
+    a price. The banks' buffers are views of these ones; replacing one (a move, another type) breaks the link.
     kind: of every row, its place among the banks.
     """
 
@@ -42,10 +42,14 @@ class JointBank(GateBank):
         views = {}
         for name, own in list(bank.named_buffers()):
             whole = self.get_buffer(name)
-            views[name] = whole if own.dim() == 0 else _part(whole, own, start)
+            views[name] = whole.view(()) if own.dim() == 0 else _part(whole, own, start)
             views[name].copy_(own)
             setattr(bank, name, views[name])
         return views
+
+    def __reduce__(self) -> tuple[type[None], tuple[()]]:
+        """A copied network joins its banks anew: copied views would no longer tell when these are written."""
+        return type(None), ()
 
     def holds(self, banks: Sequence[GateBank]) -> bool:
         """Whether all buffers of the banks are still views of these."""

@@ -1,4 +1,4 @@
-"""Landing on a BOP budget (ours): the gates nearest to their thresholds move until the policy costs what it should."""
+"""Landing on a BOP budget (ours): the gates that are worth least move until the policy costs what it should."""
 
 from dataclasses import dataclass
 
@@ -55,7 +55,7 @@ def bops_of(net: SuperNet) -> float:
 def land(net: SuperNet, bops: float, tolerance: float = 0.03) -> Landing:
     """The gates of `net`, moved as little as it takes to cost between (1 - tolerance) * bops and `bops`.
 
-    Gates move in the order of their distance from their threshold, first those that would have flipped next. Where the
+    First move those with the least loss per log BOPs; before that is known, those nearest to their threshold. Where the
     steps are too coarse for the band the nearest cost that was met is returned; `net` itself stays as it is. Raises
     SbsError for a budget that no policy of the space can meet.
     """

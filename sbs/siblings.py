@@ -32,7 +32,8 @@ class Siblings:
 
     def context(self, layer: QuantizedLayer) -> LayerContext:
         """Codes of `layer` as its weight is now, for one pass; without, where layers have gone apart since."""
-        if not _alike(self.layers):
+        # a replica of a layer is none of them
+        if all(layer is not one for one in self.layers) or not _alike(self.layers):
             return LayerContext()
         now = self._now()
         if id(layer) not in self._waiting or now != self._made_for:

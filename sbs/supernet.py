@@ -3,7 +3,7 @@
 import copy
 import math
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 
 import torch
@@ -284,11 +284,23 @@ class SuperNet(nn.Module):
         """The layers whose bits are searched, in the order of the rows of the bit gates."""
         return [layer for name, layer in self.layers() if name in self._rows]
 
-    def count_images(self, ranks: int) -> None:
-        """Set `images` to those of this step on all ranks, where there was a training pass."""
-        if self._passed:
-            self.images.fill_(self._passed * ranks)
-        self._passed = 0
+    def take_passed(self) -> Tensor:
+        """How many images passed in training since this was last asked, 0-dim, float64."""
+        passed, self._passed = self._passed, 0
+        return torch.full((), float(passed), dtype=torch.float64, device=self.images.device)
+
+    def kept_aside(self) -> Callable[[], None]:
+        """A function that puts back what passes have left for `after_step` in Python, as it is now."""
+        layers = [layer for _, layer in self.layers()]
+        passed, contexts, pending = self._passed, self._contexts(), [layer.pending_activation for layer in layers]
+
+        def restore() -> None:
+            self._passed = passed
+            self._give_contexts(contexts)
+            for layer, sums in zip(layers, pending, strict=True):
+                layer.pending_activation = sums
+
+        return restore
 
     def forget_contexts(self) -> None:
         """End the step: a layer has no gates until the next forward pass."""

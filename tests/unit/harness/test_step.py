@@ -90,10 +90,7 @@ def _without_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
     "drive",
     [
         "search.lambda=0.3",
-        pytest.param(
-            "search.budget=0.03",
-            marks=pytest.mark.xfail(strict=True, reason="sbs/bops.py picks the pressure with an index on the device"),
-        ),
+        "search.budget=0.03",
     ],
 )
 @pytest.mark.parametrize("name", NETWORKS)

@@ -220,8 +220,8 @@ def test_gates_cost_one_small_all_reduce_a_step(ranks):
     searched_layers, steps, channel_groups = 5, 2, (8 + 16) // 2
     assert len(sizes) == STEPS
     sums, gates = searched_layers * (steps + 1), 2 * searched_layers * steps + channel_groups
-    # dL/dg and three pressures; of the first rank statistic, threshold and gate, and slope and scatter of both sides
-    assert set(sizes) == {sums + gates + 3 + 7 * gates}
+    # images, dL/dg and three pressures; of the first rank statistic, threshold, gate, slope and scatter of both sides
+    assert set(sizes) == {sums + 1 + gates + 3 + 7 * gates}
 
 
 @pytest.mark.parametrize("kind", ["group norm", "frozen batch norm"])

@@ -29,6 +29,7 @@ def update(net: SuperNet, momentum: float = MOMENTUM) -> None:
 @torch.no_grad()
 def start(net: SuperNet) -> None:
     """Take the statistics from what calibration collected, in place of the running means; no gate moves."""
+    net.joint_bank()
     update(net, momentum=1.0)
     net.forget_pulls()
     net.refresh_kept()

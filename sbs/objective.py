@@ -128,7 +128,7 @@ def telemetry(net: SuperNet) -> dict[str, float]:
         if bank.thresholds.numel() == 0:
             continue
         result[f"gates/margin_{side}"] = float(bank.margin().abs().min())
-        result[f"gates/threshold_{side}"] = float(bank.thresholds.mean())
+        result[f"gates/threshold_{side}"] = float(bank.thresholds.double().mean())
         if side == "channel":
             result["gates/open_channel"] = float(bank.decided().mean())
             continue

@@ -347,6 +347,7 @@ class SuperNet(nn.Module):
 
 def _refresh_after_load(net: SuperNet, _: object) -> None:
     net._is_started = True  # noqa: SLF001
+    net.joint_bank()  # sums over views add up in another order than sums over tensors of their own
     net.refresh_kept()
 
 
